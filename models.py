@@ -1,0 +1,277 @@
+"""Models and tokenizers: the built-in tiny one, any Hugging Face causal language model, and the policy that
+trains.
+
+A model folder is an ordinary Hugging Face folder: safetensors, config, generation config, tokenizer with its
+chat template. Whatever is saved here loads in plain transformers.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from jinja2 import TemplateError
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+import prompts
+from losses import token_logprobs
+
+TINY = "tiny"  # the name of the built-in model wherever a model is asked for
+
+# ------------------------------------------------------------------------------------------------------------
+# The built-in tiny model
+
+
+def build_tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer of 275 tokens: one a byte, so that digits stand alone; operators with spaces; the tags.
+
+    It is Qwen2's own class without a single merge, because transformers gives every Qwen2 model that class,
+    whatever its folder says: any other kind would read differently once it is loaded.
+    """
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    operators = [form for op in "+-*/=" for form in (f" {op} ", f" {op}")]
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *prompts.TAGS, *operators, *alphabet])}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        unk_token=None,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=special[2:],
+    )
+    # Whole tokens, but not special ones: decoding keeps them, and the reader needs them.
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in [*prompts.TAGS, *operators]])
+    # It learns the form from examples; a system prompt that it cannot read would only lengthen every prompt.
+    tokenizer.chat_template = prompts.PREPARED_MARK + (
+        "{%- for message in messages -%}"
+        "{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+    )
+    return tokenizer
+
+
+def build_tiny(seed: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The built-in model with fresh weights: Qwen2's architecture, 0.44 M parameters, trained from nothing in
+    minutes.
+
+    Args:
+        seed: of the weights; the global random state is left as it was.
+    """
+    tokenizer = build_tiny_tokenizer()
+    config = Qwen2Config(
+        vocab_size=320,  # the tokenizer's 275, rounded up: kernels like multiples of 64
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    return model, tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading and saving
+
+
+def load_tokenizer(name: str, system_prompt: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or Hub name, its chat template prepared (`prompts.prepare_tokenizer`).
+
+    Raises:
+        FileNotFoundError: no such model, or a folder without a tokenizer.
+        ValueError: a tokenizer without an end-of-sequence token: nothing would ever stop; or a chat template
+            that refuses the system prompt.
+    """
+    if name == TINY:
+        return build_tiny_tokenizer()
+    _require_model(name)
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
+        raise FileNotFoundError(
+            f"model {name!r} has no tokenizer (no tokenizer.json or tokenizer.model in the folder); "
+            "copy the tokenizer files of its base model into it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"the tokenizer of model {name!r} could not be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of model {name!r} has no eos_token: set one in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        # Only ever a filler: masks are built from lengths, so an EOS used as padding is still trained where
+        # it counts.
+        tokenizer.pad_token = tokenizer.eos_token
+    prompts.prepare_tokenizer(tokenizer, system_prompt)
+    try:
+        prompts.render_prompt(tokenizer, "")
+    except TemplateError as error:  # Gemma 2, for one, refuses a system message
+        raise ValueError(
+            f"the chat template of model {name!r} cannot be used with a system prompt: {error}; "
+            "give an empty system_prompt"
+        ) from error
+    return tokenizer
+
+
+def load_model(name: str, seed: int = 0, device: str | torch.device | None = None) -> nn.Module:
+    """A causal language model in float32, by Hub name or folder, or `tiny` with fresh weights.
+
+    Float32 because updates of 1e-6 vanish in bfloat16 weights; on a GPU the scripts compute in bfloat16 under
+    autocast.
+
+    Args:
+        name: `tiny`, a folder, or a name on the Hugging Face Hub.
+        seed: of the fresh weights of `tiny`.
+        device: moved there; None leaves it on the CPU.
+
+    Raises:
+        FileNotFoundError: no such model, or weights that cannot be read.
+    """
+    if name == TINY:
+        model = build_tiny(seed)[0]
+    else:
+        _require_model(name)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"model {name!r} could not be loaded: {error}") from error
+    return model.to(device) if device is not None else model
+
+
+def save_model(folder: str | os.PathLike, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save an ordinary Hugging Face folder; its generation config stops where the tokenizer's turn ends."""
+    stop = model.generation_config.eos_token_id
+    stop = stop if isinstance(stop, list) else [stop]
+    stop = sorted({tokenizer.eos_token_id, *stop} - {None})
+    model.generation_config = GenerationConfig(
+        eos_token_id=stop if len(stop) > 1 else stop[0],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _require_model(name: str) -> None:
+    """Refuse a path that is not there before the Hub is asked for it."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model {name!r} is a folder without a config.json; give a Hugging Face model folder"
+            )
+    elif name.count("/") != 1 or name.startswith((".", "/", "~", "outputs/")):
+        raise FileNotFoundError(
+            f"model {name!r} is not there; give a folder, a Hub name such as Qwen/Qwen2.5-0.5B-Instruct, "
+            f"or {TINY!r}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What trains
+
+
+def make_accelerator(tracker: str = "none") -> Accelerator:
+    """Accelerate as the machine allows: bfloat16 autocast on a GPU that has it, float32 elsewhere; `tracker`
+    as asked.
+    """
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return Accelerator(
+        mixed_precision="bf16" if has_bf16 else "no", log_with=None if tracker == "none" else tracker
+    )
+
+
+class Policy(nn.Module):
+    """The one module given to `accelerator.prepare`: log-probabilities of completions under the model.
+
+    Calling a backbone and a head apart would go around the hooks of DDP and leave gradients unreduced; here
+    both are
+    called inside one forward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap a Hugging Face causal language model."""
+        super().__init__()
+        self.model = model
+        self.has_plain_head = _has_plain_head(model)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Score the completions of a batch laid out by `pad_batch`.
+
+        Args:
+            input_ids: `[B, P+T]`.
+            attention_mask: `[B, P+T]`.
+            completion_mask: `[B, T]`, True counts.
+            temperature: of sampling; the logits are divided by it.
+
+        Returns:
+            logprobs and entropy, `[B, T]` float32; outside the mask they mean nothing.
+        """
+        length = completion_mask.shape[1]
+        targets = input_ids[:, -length:]
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
+            "use_cache": False,
+        }
+        # What stands at a position predicts the next token, hence one more and all but the last.
+        if self.has_plain_head:
+            hidden = self.model.get_decoder()(**inputs).last_hidden_state[:, -length - 1 : -1]
+            return token_logprobs(hidden, self.model.get_output_embeddings().weight, targets, temperature)
+        # All logits at once, `[B, T, V]`: more memory, but whatever the library does to them is in them.
+        logits = self.model(**inputs, logits_to_keep=length + 1).logits[:, -length - 1 : -1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        all_logprobs = (logits / temperature).log_softmax(-1)
+        entropy = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
+        return all_logprobs.gather(-1, targets[..., None]).squeeze(-1), entropy
+
+
+@torch.no_grad()
+def _has_plain_head(model: nn.Module) -> bool:
+    """Whether the logits are `hidden @ head.weight.T` and nothing else.
+
+    Gemma caps them, Granite and Cohere scale them, Phi adds a bias. No list of these could be complete, so
+    two tokens are run and the head says large numbers on the way: a cap does nothing to the small ones of
+    fresh weights.
+    """
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    said = torch.linspace(-100, 100, head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        decoder.register_forward_hook(lambda module, inputs, output: seen.update(hidden=output[0])),
+        head.register_forward_pre_hook(lambda module, inputs: seen.update(read=inputs[0])),
+        head.register_forward_hook(lambda module, inputs, output: said.expand_as(output)),
+    ]
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.equal(seen["read"], seen["hidden"]) and torch.equal(logits, said.expand_as(logits))

@@ -1,0 +1,93 @@
+"""How weights move: AdamW, or Muon for the matrices of a model that starts from nothing; and the learning
+rate over time.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+BETAS = (0.9, 0.95)
+
+
+def make_optimizer(
+    policy: nn.Module, name: Literal["adamw", "muon"], learning_rate: float, weight_decay: float
+) -> Optimizer:
+    """The optimizer of the trained parameters.
+
+    Args:
+        policy: its parameters that require gradients are trained.
+        name: "adamw"; or "muon", which takes the matrices inside the layers and leaves the rest to AdamW.
+        learning_rate: the highest; both use the same one (Muon's steps are scaled to the size of AdamW's).
+        weight_decay: of matrices; norms and biases have no business at zero.
+    """
+    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    matrices = [p for _, p in trained if p.ndim >= 2]
+    vectors = [{"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    settings = {"lr": learning_rate, "betas": BETAS, "weight_decay": weight_decay, "fused": True}
+    if name == "adamw":
+        return AdamW([{"params": matrices}, *vectors], **settings)
+    # Rows of an embedding or head are separate directions, one a token: nothing to orthogonalise.
+    # By type, not by name: GPT-2 calls its embeddings wte and wpe, and a tied head is one of them.
+    tables = {id(module.weight) for module in policy.modules() if isinstance(module, nn.Embedding)}
+    inside = {id(p) for n, p in trained if p.ndim == 2 and id(p) not in tables and "lm_head" not in n}
+    hidden = [p for p in matrices if id(p) in inside]
+    others = [p for p in matrices if id(p) not in inside]
+    muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return Together([muon, AdamW([{"params": others}, *vectors], **settings)])
+
+
+class Together(Optimizer):
+    """Several optimizers that step as one; their parameter groups, side by side, are its own."""
+
+    def __init__(self, parts: list[Optimizer]) -> None:
+        """Take the parts as they are: a scheduler that sets a group's learning rate here sets it there."""
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share_groups()
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Let every part step."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts' states, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the parts."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def make_scheduler(
+    optimizer: Optimizer,
+    name: Literal["constant", "linear", "cosine"],
+    warmup_steps: int,
+    total_steps: int,
+) -> LambdaLR:
+    """The learning rate over optimizer steps: a linear rise, then constant, or a fall to 0.
+
+    Not `transformers.get_scheduler`: importing it imports peft and bitsandbytes, seconds in every process.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        falls = {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": (1.0 + math.cos(math.pi * progress)) / 2,
+        }
+        return falls[name]
+
+    return LambdaLR(optimizer, factor)

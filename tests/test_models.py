@@ -1,0 +1,255 @@
+import json
+import string
+import unicodedata
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import models
+import prompts
+from batches import pad_batch
+
+# ------------------------------------------------------------------------------------------------------------
+# The built-in tiny model
+
+
+@given(st.text())
+def test_any_text_survives_the_tiny_tokenizer(tiny, text):
+    _, tokenizer = tiny
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    # Qwen2's class composes accents first, as it does for every Qwen2 model.
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+    assert set(ids).isdisjoint(tokenizer.all_special_ids)
+    assert max(ids, default=0) < len(tokenizer)
+
+
+def test_digits_and_tags_are_tokens_of_their_own(tiny):
+    _, tokenizer = tiny
+    for digit in string.digits:
+        assert len(tokenizer.encode(digit)) == 1
+    assert len(tokenizer.encode("1234567890")) == 10
+    for tag in prompts.TAGS:
+        ids = tokenizer.encode(f"1{tag}2")
+        assert len(ids) == 3
+        assert tokenizer.decode(ids, skip_special_tokens=True) == f"1{tag}2"
+    assert len(tokenizer.encode("1 + 2 = 3")) == 5
+
+
+def test_the_tiny_tokenizer_pads_with_another_token_than_it_stops_with(tiny):
+    model, tokenizer = tiny
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer) <= model.config.vocab_size
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_tiny_weights_depend_on_the_seed_alone():
+    before = torch.get_rng_state()
+    first, again, other = (models.build_tiny(seed)[0].state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    later = models.build_tiny(3)[0].state_dict()
+    for name, weight in first.items():
+        assert torch.equal(weight, again[name])
+        assert torch.equal(weight, later[name])
+    assert any(not torch.equal(weight, other[name]) for name, weight in first.items())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading and saving
+
+
+def check_plain_transformers_agree(folder, model, tokenizer):
+    plain_model, plain_tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    question = [{"role": "user", "content": "3 + 4 = ?"}]
+    text = plain_tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert text == prompts.render_prompt(tokenizer, "3 + 4 = ?")
+    ids = plain_tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    assert ids[0].tolist() == prompts.encode_prompt(tokenizer, "3 + 4 = ?")
+    with torch.no_grad():
+        assert torch.equal(plain_model(ids).logits, model(ids).logits)
+    return plain_model
+
+
+def test_a_saved_tiny_model_is_the_same_in_plain_transformers(tiny, tmp_path):
+    model, tokenizer = tiny
+    models.save_model(tmp_path, model, tokenizer)
+    plain = check_plain_transformers_agree(tmp_path, model, tokenizer)
+    assert plain.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert plain.generation_config.pad_token_id == tokenizer.pad_token_id
+    check_plain_transformers_agree(
+        tmp_path, models.load_model(str(tmp_path)), models.load_tokenizer(str(tmp_path))
+    )
+
+
+@pytest.fixture(scope="module")
+def llama_folder(chat_tokenizer, tmp_path_factory):
+    """A model as someone else would bring it: no system prompt, stops at what its config says."""
+    folder = tmp_path_factory.mktemp("llama")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(chat_tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            eos_token_id=0,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_foreign_model_is_prepared_and_comes_back_as_it_was_trained(llama_folder, tmp_path):
+    model, tokenizer = models.load_model(str(llama_folder)), models.load_tokenizer(str(llama_folder))
+    assert model.dtype == torch.float32
+    assert prompts.SYSTEM_PROMPT in prompts.render_prompt(tokenizer, "3 + 4 = ?")
+    models.save_model(tmp_path, model, tokenizer)
+    plain = check_plain_transformers_agree(tmp_path, model, tokenizer)
+    # Both what the tokenizer's turn ends with and what the model stopped at before.
+    assert plain.generation_config.eos_token_id == [0, tokenizer.eos_token_id]
+    other = models.load_tokenizer(str(llama_folder), system_prompt="be brief")
+    assert "system\nbe brief" in prompts.render_prompt(other, "3 + 4 = ?")
+
+
+def test_a_tokenizer_without_padding_pads_with_its_eos(llama_folder, chat_tokenizer, tmp_path):
+    copy_with(llama_folder, tmp_path, pad_token=None)
+    tokenizer = models.load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == chat_tokenizer.eos_token_id
+
+
+def copy_with(source, target, **settings):
+    """Copy a model folder with other settings of the tokenizer; None takes one out."""
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    path = target / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def test_a_missing_model_is_told_with_a_remedy(tmp_path):
+    for load in (models.load_model, models.load_tokenizer):
+        for name in (str(tmp_path / "nothing"), "outputs/nothing", "qwen", "./a", "a/b/c"):
+            with pytest.raises(FileNotFoundError) as error:
+                load(name)
+            assert f"model '{name}' is not there" in str(error.value)
+            assert "Qwen/Qwen2.5-0.5B-Instruct" in str(error.value)
+            assert "'tiny'" in str(error.value)
+
+
+def test_a_hub_name_that_cannot_be_had_is_told():
+    for load, what in ((models.load_model, "model"), (models.load_tokenizer, "the tokenizer of model")):
+        with pytest.raises(FileNotFoundError, match=f"^{what} 'nobody/nothing' could not be loaded: "):
+            load("nobody/nothing")
+
+
+def test_a_folder_that_is_no_model_is_told(tmp_path):
+    for load in (models.load_model, models.load_tokenizer):
+        with pytest.raises(FileNotFoundError, match="is a folder without a config.json; give a"):
+            load(str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_or_weights_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileNotFoundError, match="has no tokenizer .*; copy the tokenizer files"):
+        models.load_tokenizer(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"^model '.*' could not be loaded: .*model\.safetensors"):
+        models.load_model(str(tmp_path))
+
+
+def test_a_tokenizer_that_never_stops_is_refused(llama_folder, tmp_path):
+    copy_with(llama_folder, tmp_path, eos_token=None)
+    with pytest.raises(ValueError, match=r"has no eos_token: set one in tokenizer_config\.json"):
+        models.load_tokenizer(str(tmp_path))
+
+
+def test_a_template_that_refuses_a_system_message_is_told(llama_folder, tmp_path):
+    copy_with(llama_folder, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    with pytest.raises(ValueError, match="System role not supported; give an empty system_prompt"):
+        models.load_tokenizer(str(tmp_path))
+    tokenizer = models.load_tokenizer(str(tmp_path), system_prompt="")
+    assert prompts.render_prompt(tokenizer, "3 + 4 = ?") == "3 + 4 = ?"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Policy
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
+COMPLETIONS = [[20, 21], [30, 31, 32, 33, 34, 35, 36], [40]]
+
+
+def plain_logprobs(model, temperature):
+    """Of every completion, from the library's own logits, a sequence at a time without padding."""
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logprobs = torch.log_softmax(logits / temperature, -1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        yield logprobs[range(len(completion)), completion], entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("name", "has_plain_head"),
+    [
+        ("qwen2", True),
+        ("llama", True),
+        ("qwen3", True),
+        ("mistral", True),
+        ("gemma3_text", False),
+        ("gemma2", False),
+        ("granite", False),
+        ("phi", False),
+        ("gpt2", True),
+    ],
+)
+def test_policy_equals_the_librarys_logits_and_gradient(random_model, name, has_plain_head, temperature):
+    model = random_model(name)
+    policy = models.Policy(model)
+    assert policy.has_plain_head == has_plain_head
+    batch = pad_batch(PROMPTS, COMPLETIONS, pad_token_id=0)
+    got = policy(**batch, temperature=temperature)
+    assert got[0].shape == got[1].shape == batch["completion_mask"].shape
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = list(plain_logprobs(model, temperature))
+    # The library takes some norms in float32 whatever the model is in; it shows in the gradient.
+    tolerance, of_gradient = (1e-9, 1e-6) if model.dtype == torch.float64 else (1e-4, 1e-3)
+    for output, rows in zip(got, zip(*expected, strict=True), strict=True):
+        counted = output[batch["completion_mask"]]
+        torch.testing.assert_close(counted, torch.cat(rows), rtol=0, atol=tolerance)
+        gradient = torch.autograd.grad(counted.square().sum(), parameters, retain_graph=True)
+        plain = torch.autograd.grad(torch.cat(rows).square().sum(), parameters, retain_graph=True)
+        torch.testing.assert_close(gradient, plain, rtol=of_gradient, atol=of_gradient)
+
+
+def test_a_head_is_judged_by_what_it_does_and_not_by_its_weights(random_model):
+    model = random_model("gemma2")
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    try:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1e-3)  # logits so small that a cap of 5 moves none of them
+        before = torch.get_rng_state()
+        assert not models.Policy(model).has_plain_head
+        assert torch.equal(torch.get_rng_state(), before)
+    finally:
+        model.load_state_dict(weights)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_policy_trains_the_model_it_was_given(tiny):
+    model, _ = tiny
+    policy = models.Policy(model)
+    assert policy.model is model
+    assert policy.has_plain_head
+    assert {id(parameter) for parameter in policy.parameters()} == {id(p) for p in model.parameters()}

@@ -1,0 +1,153 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon
+
+from models import Policy
+from optimizers import Together, make_optimizer, make_scheduler
+
+
+def names_of(groups, module):
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names[id(parameter)] for group in groups for parameter in group["params"]]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "inside"),
+    [
+        ("qwen2", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("llama", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("gpt2", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+    ],
+)
+def test_muon_takes_exactly_the_matrices_inside_the_layers(random_model, architecture, inside):
+    policy = Policy(random_model(architecture))
+    muon, adamw = make_optimizer(policy, "muon", 1e-3, 0.1).parts
+    assert isinstance(muon, Muon)
+    assert isinstance(adamw, AdamW)
+    with_muon = names_of(muon.param_groups, policy)
+    assert len(with_muon) == 2 * len(inside)
+    for layer in "01":
+        for part in inside:
+            assert sum(f".{layer}." in name and name.endswith(f"{part}.weight") for name in with_muon) == 1
+    everything = with_muon + names_of(adamw.param_groups, policy)
+    assert sorted(everything) == sorted(name for name, _ in policy.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_matrices_decay_and_frozen_parameters_stay_out(tiny, name):
+    policy = Policy(copy.deepcopy(tiny[0]))
+    frozen = policy.model.model.layers[0].requires_grad_(False)
+    optimizer = make_optimizer(policy, name, 1e-3, 0.1)
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    assert trained.isdisjoint(id(parameter) for parameter in frozen.parameters())
+    for group in optimizer.param_groups:
+        assert group["lr"] == 1e-3
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.1 if parameter.ndim == 2 else 0.0)
+
+
+class Toy(nn.Module):
+    """Has what an optimizer tells apart: a table, a matrix inside, a bias, a norm, a head."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.table = nn.Embedding(5, 4)
+            self.inside = nn.Linear(4, 4)
+            self.norm = nn.LayerNorm(4)
+            self.lm_head = nn.Linear(4, 5, bias=False)
+
+    def forward(self, ids):
+        return self.lm_head(self.norm(self.inside(self.table(ids))))
+
+
+def train(model, optimizer, scheduler, steps):
+    for step in steps:
+        ids = torch.tensor([step % 5, (step + 2) % 5])
+        nn.functional.cross_entropy(model(ids), ids.flip(0)).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def build(name):
+    model = Toy()
+    optimizer = make_optimizer(model, name, 0.02, 0.1)
+    return model, optimizer, make_scheduler(optimizer, "cosine", 2, 8)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_restored_optimizer_continues_bit_for_bit(name, tmp_path):
+    whole = build(name)
+    train(*whole, range(6))
+    first, second = build(name), build(name)
+    train(*first, range(3))
+    torch.save([part.state_dict() for part in first], tmp_path / "state")
+    for part, state in zip(second, torch.load(tmp_path / "state"), strict=True):
+        part.load_state_dict(state)
+    train(*second, range(3, 6))
+    untrained = Toy().state_dict()
+    for key, weight in whole[0].state_dict().items():
+        assert torch.equal(weight, second[0].state_dict()[key])
+        assert not torch.equal(weight, untrained[key])
+    assert whole[2].get_last_lr() == second[2].get_last_lr()
+
+
+def test_a_learning_rate_set_on_the_whole_is_the_parts_also_after_loading():
+    model = Toy()
+    optimizer = make_optimizer(model, "muon", 0.4, 0.0)
+    scheduler = make_scheduler(optimizer, "linear", 0, 4)
+
+    def rates():
+        return {round(group["lr"], 12) for part in optimizer.parts for group in part.param_groups}
+
+    train(model, optimizer, scheduler, [0])
+    assert rates() == {0.3}
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, scheduler, [1])
+    assert rates() == {0.2}
+    train(model, optimizer, scheduler, [2, 3])
+    assert rates() == {0.0}
+    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer, scheduler, [4])
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, before[key])
+
+
+def test_zero_grad_on_the_whole_reaches_every_part():
+    model = Toy()
+    optimizer = make_optimizer(model, "muon", 0.1, 0.0)
+    assert isinstance(optimizer, Together)
+    model(torch.tensor([0, 1])).sum().backward()
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "total", "expected"),
+    [
+        ("constant", 0, 4, [1, 1, 1, 1, 1]),
+        ("constant", 3, 4, [1 / 4, 2 / 4, 3 / 4, 1, 1]),
+        ("linear", 0, 4, [1, 3 / 4, 2 / 4, 1 / 4, 0, 0]),
+        ("linear", 2, 6, [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4, 0, 0]),
+        ("cosine", 0, 4, [1, (1 + math.sqrt(0.5)) / 2, 1 / 2, (1 - math.sqrt(0.5)) / 2, 0, 0]),
+        ("cosine", 1, 3, [1 / 2, 1, 1 / 2, 0, 0]),
+        # a run that is over before it is warm
+        ("linear", 4, 2, [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 0]),
+    ],
+)
+def test_scheduler_values(name, warmup, total, expected):
+    optimizer = AdamW([nn.Parameter(torch.zeros(2))], lr=0.1)
+    scheduler = make_scheduler(optimizer, name, warmup, total)
+    seen = []
+    for _ in expected:
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx([0.1 * factor for factor in expected], abs=1e-12)
