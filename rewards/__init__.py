@@ -1,0 +1,340 @@
+"""Rewards: names to functions, and the one place that calls them.
+
+A reward function has TRL's signature: `f(completions, **columns) -> list[float | None]`, with one entry a
+completion. It gets the keyword arguments that it names, or all of them if it takes `**kwargs`: `prompts`,
+`completions`, `completion_ids`, `group_size`, `max_completion_tokens`, `correct` (the judge's verdicts),
+`gold`, and every column of the dataset. `None` means "does not apply" and leaves the sum.
+"""
+
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewards import shaping
+from rewards.extraction import candidates
+from rewards.verify import Verdict, judge
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+# The columns that a verdict is made from.
+JUDGED = ("gold", "numbers", "target")
+DEFAULT_REWARDS = {"correct": 1.0, "format": 0.1, "repetition": -0.1}
+
+BUILT_IN: dict[str, RewardFunction] = {
+    "correct": shaping.correct,
+    "countdown": shaping.countdown,
+    "format": shaping.format_binary,
+    "format_graded": shaping.format_graded,
+    "steps": shaping.steps,
+    "verification": shaping.verification,
+    "repetition": shaping.repetition,
+    "unique_characters": shaping.unique_characters,
+    "length_target": shaping.length_target,
+    "length_penalty": shaping.length_penalty,
+    "soft_overlong": shaping.soft_overlong,
+    "lead": shaping.lead,
+}
+_OPTIONS = re.compile(r"(.+?)\(([^()]*)\)")
+_ALLOWED = (
+    f"one of {', '.join(BUILT_IN)}; or file.py:function, model:NAME (a reward model), "
+    "judge:URL (a model behind a server)"
+)
+
+
+class RewardError(Exception):
+    """A reward function broke its promise: raised, returned the wrong length, or something that is no finite
+    number.
+    """
+
+
+@dataclass
+class Reward:
+    """One reward of a set.
+
+    Attributes:
+        name: as written in the configuration.
+        weight: factor in the sum.
+        function: None until the owner of a `model:` slot sets it.
+        options: fixed keyword arguments; those of a `model:` slot are its owner's to read.
+        model_name: NAME of `model:NAME`, empty for every other reward.
+    """
+
+    name: str
+    weight: float
+    function: RewardFunction | None
+    options: dict[str, Any] = field(default_factory=dict)
+    model_name: str = ""
+
+
+@dataclass
+class RewardSet:
+    """The chosen rewards, in the order of the configuration.
+
+    Attributes:
+        rewards: one for each name.
+        spec: what they were parsed from.
+    """
+
+    rewards: list[Reward]
+    spec: dict[str, float]
+
+    @property
+    def slots(self) -> list[Reward]:
+        """The `model:NAME` rewards. Their owner sets `function`, always called in this process; see
+        `model_name`.
+        """
+        return [reward for reward in self.rewards if reward.model_name]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the rewards say of some completions; every list has one entry a completion.
+
+    Attributes:
+        total: weighted sums; a part that is None adds nothing.
+        parts: unweighted values by reward name.
+        correct: the judge's verdicts; None where undecided, or where there is no gold.
+        extracted: the answers that were judged.
+        undecided: no verdict, or no value, within the time limit.
+    """
+
+    total: list[float]
+    parts: dict[str, list[float | None]]
+    correct: list[bool | None]
+    extracted: list[str | None]
+    undecided: list[bool]
+
+
+# -------------------------------------------------------------------------------------------------------
+# Names to functions
+
+
+def parse_rewards(spec: Mapping[str, float] | None = None) -> RewardSet:
+    """The rewards that a configuration names.
+
+    Args:
+        spec: weight by name; None is `DEFAULT_REWARDS`. A name is a built-in, `file.py:function`,
+            `model:NAME` or
+            `judge:URL`, with options in brackets: `length_penalty(budget=300)`.
+
+    Raises:
+        ValueError: unknown name, function or option, or a weight that is not a finite number.
+    """
+    spec = DEFAULT_REWARDS if spec is None else spec
+    if not spec:
+        raise ValueError(f"rewards is empty; name at least one: {_ALLOWED}")
+    return RewardSet([_parse_reward(name, weight) for name, weight in spec.items()], dict(spec))
+
+
+def _parse_reward(name: str, weight: float) -> Reward:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"rewards: the weight of {name!r} must be a finite number, got {weight!r}")
+    match = _OPTIONS.fullmatch(name)
+    base, options = (match.group(1), _parse_options(name, match.group(2))) if match else (name, {})
+    if base.startswith("model:") and len(base) > len("model:"):
+        return Reward(name, float(weight), None, options, base.removeprefix("model:"))
+    if base.startswith("judge:"):
+        from rewards.llm_judge import build_judge  # only where it is asked for
+
+        return Reward(name, float(weight), build_judge(base.removeprefix("judge:"), **options))
+    if base in BUILT_IN:
+        function = BUILT_IN[base]
+    elif ":" in base:
+        function = _load_function(base)
+    else:
+        raise ValueError(f"rewards: unknown reward {name!r}; allowed: {_ALLOWED}")
+    _check_options(name, function, options)
+    return Reward(name, float(weight), function, options)
+
+
+def _parse_options(name: str, text: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key.isidentifier():
+            raise ValueError(f"rewards: options of {name!r} are written (key=value, …), got {item!r}")
+        options[key] = _parse_value(value)
+    return options
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _check_options(name: str, function: RewardFunction, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    allowed = [p.name for p in parameters if p.default is not p.empty]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for key in options:
+        if key not in allowed and not takes_any:
+            raise ValueError(
+                f"rewards: {name!r} has no option {key!r}; allowed: {', '.join(allowed) or 'none'}"
+            )
+
+
+def _load_function(path_and_name: str) -> RewardFunction:
+    file, _, function_name = path_and_name.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"rewards: {path_and_name!r} names no reward and no file at {path.resolve()}; allowed: {_ALLOWED}"
+        )
+    module_name = f"reward_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"rewards: {path} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
+        raise ValueError(
+            f"rewards: {path} has no function {function_name!r}; it has: {', '.join(names) or 'none'}"
+        )
+    return function
+
+
+def needs_gold(reward_set: RewardSet) -> bool:
+    """Does a chosen reward require gold answers? Without one, data of prompts alone is fine."""
+    functions = [reward.function for reward in reward_set.rewards if reward.function]
+    return any(
+        parameter.name in ("gold", "correct") and parameter.default is parameter.empty
+        for function in functions
+        for parameter in inspect.signature(function).parameters.values()
+    ) or any(reward.options.get("only_correct") is True for reward in reward_set.rewards)
+
+
+# -------------------------------------------------------------------------------------------------------
+# Calling them
+
+
+def score(reward_set: RewardSet, completions: list[str], columns: Mapping[str, Any]) -> Scores:
+    """Score whole groups of completions, in prompt order.
+
+    Args:
+        reward_set: from `parse_rewards`, every slot filled.
+        completions: plain strings, the prefilled `<think>` included.
+        columns: `prompts`, `completion_ids`, `gold` and the dataset's columns, each as long as `completions`;
+            plain numbers such as `group_size` and `max_completion_tokens` are handed on as they are.
+
+    Raises:
+        RewardError: a function raised, or returned something other than a finite number or None for each.
+    """
+    correct, extracted, undecided = judge_all(completions, columns)
+    columns = {**columns, "correct": correct}
+    parts = {reward.name: call_reward(reward, completions, columns) for reward in reward_set.rewards}
+    return Scores(weighted_sum(reward_set, parts), parts, correct, extracted, undecided)
+
+
+def judge_problem(
+    completion: str, gold: str | None, columns: Mapping[str, Any], strict: bool = True
+) -> Verdict | None:
+    """The verdict by the problem's own rule; None where it has no gold.
+
+    Args:
+        completion: the whole text.
+        gold: the reference answer.
+        columns: the problem's other columns. With `numbers` and `target` (countdown) the answer must be an
+            expression that makes the target of the numbers; the target itself proves nothing.
+        strict: see `rewards.verify.judge`.
+    """
+    if columns.get("numbers") is not None and columns.get("target") is not None:
+        solved = shaping.countdown([completion], [columns["numbers"]], [columns["target"]])[0] == 1.0
+        answers = candidates(completion)
+        return Verdict(solved, answers[-1] if answers else None, "countdown")
+    return None if gold is None else judge(completion, gold, strict)
+
+
+def judge_all(completions: list[str], columns: Mapping[str, Any]) -> tuple[list, list, list]:
+    """Verdict, extracted answer and "could not decide" of each completion; None and False without a gold."""
+    nothing = [None] * len(completions)
+    rows = zip(completions, *(columns.get(name) or nothing for name in JUDGED), strict=True)
+    verdicts = [judge_problem(c, gold, {"numbers": n, "target": t}) for c, gold, n, t in rows]
+    correct = [v.correct if v else None for v in verdicts]
+    extracted = [v.extracted if v else None for v in verdicts]
+    return correct, extracted, [bool(v) and v.correct is None for v in verdicts]
+
+
+def weighted_sum(reward_set: RewardSet, parts: Mapping[str, list[float | None]]) -> list[float]:
+    """The total of each completion; None adds nothing."""
+    rows = zip(*(parts[reward.name] for reward in reward_set.rewards), strict=True)
+    weights = [reward.weight for reward in reward_set.rewards]
+    return [sum(w * v for w, v in zip(weights, row, strict=True) if v is not None) for row in rows]
+
+
+def call_reward(reward: Reward, completions: list[str], columns: Mapping[str, Any]) -> list[float | None]:
+    """Call one function with what its signature takes, and check what it returns.
+
+    Raises:
+        RewardError: see `score`; names the function, the sample and the value.
+    """
+    if reward.function is None:
+        raise RewardError(f"reward {reward.name!r} was never given its function (see RewardSet.slots)")
+    arguments = _arguments(reward, columns)
+    try:
+        values = reward.function(completions=completions, **arguments)
+    except RewardError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a user's function raises is reported under its name
+        raise RewardError(f"reward {reward.name!r} raised {type(error).__name__}: {error}") from error
+    return _checked(reward.name, values, completions)
+
+
+def _arguments(reward: Reward, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that a function takes, and the options that were set for it."""
+    parameters = inspect.signature(reward.function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    # The options of a built-in are set by name alone: a dataset may have a column `target` of its own.
+    is_built_in = reward.function in BUILT_IN.values()
+    options = {name for name, p in parameters.items() if is_built_in and p.kind is p.KEYWORD_ONLY}
+    arguments = {
+        key: value
+        for key, value in columns.items()
+        if key != "completions" and key not in options and (takes_any or key in parameters)
+    }
+    if not reward.model_name:
+        arguments.update(reward.options)
+    for name, parameter in parameters.items():
+        is_required = parameter.default is parameter.empty and "VAR" not in parameter.kind.name
+        if is_required and name not in arguments and name != "completions":
+            has = ", ".join(sorted(columns))
+            raise RewardError(f"reward {reward.name!r} needs the column {name!r}; the data has: {has}")
+    return arguments
+
+
+def _checked(name: str, values: Any, completions: list[str]) -> list[float | None]:
+    if hasattr(values, "tolist"):  # a NumPy array or a tensor
+        values = values.tolist()
+    if not isinstance(values, list | tuple) or len(values) != len(completions):
+        got = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)[:80]
+        raise RewardError(
+            f"reward {name!r} must return a list of {len(completions)} numbers or None, got {got}"
+        )
+    return [_checked_value(name, i, value, completions) for i, value in enumerate(values)]
+
+
+def _checked_value(name: str, index: int, value: Any, completions: list[str]) -> float | None:
+    if value is None:
+        return None
+    if hasattr(value, "item"):  # a NumPy or tensor scalar
+        value = value.item()
+    if not isinstance(value, bool | int | float) or not math.isfinite(value):
+        raise RewardError(
+            f"reward {name!r} returned {value!r} for sample {index}; allowed: a finite number or None. "
+            f"The completion: {completions[index][:200]!r}"
+        )
+    return float(value)

@@ -1,0 +1,202 @@
+"""A child process that answers requests over pipes and can be killed at any moment.
+
+The child is a fresh interpreter running one of our modules: it inherits no lock, no thread and no CUDA
+context, does not import the trainer's `__main__`, and works the same from a script, a thread, a notebook or
+a forked or spawned process.
+"""
+
+import atexit
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 120.0
+
+
+class OutOfTime(Exception):
+    """The child did not answer before the deadline; it was killed."""
+
+
+class ChildDied(Exception):
+    """The child ended before it answered (out of memory, killed from outside, or a crash of a library)."""
+
+
+class Child:
+    """One child process, started at the first request and again whenever it has gone.
+
+    Requests from several threads queue up; the wait counts against the deadline.
+    """
+
+    def __init__(self, module: str, memory_bytes: int | None = None, arguments: tuple[str, ...] = ()) -> None:
+        """A child that runs `module.main()`, which calls `serve`.
+
+        Args:
+            module: full name of one of our modules.
+            memory_bytes: cap of its address space where the system has one; None for no cap.
+            arguments: handed to the module.
+        """
+        self.module = module
+        self.memory_bytes = memory_bytes
+        self.arguments = arguments
+        self._forget()
+        _children.add(self)
+
+    def _forget(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen | None = None
+        self.to_child: Connection | None = None
+        self.from_child: Connection | None = None
+        self.is_ready = False
+
+    def request(self, message: Any, timeout_s: float) -> Any:
+        """Send a message and wait for the answer.
+
+        Args:
+            message: anything that can be pickled.
+            timeout_s: wall-clock seconds for the answer; the start of a fresh child comes on top.
+
+        Raises:
+            OutOfTime: no answer in time; the child was killed. ChildDied: the child ended by itself.
+        """
+        deadline = time.monotonic() + timeout_s
+        if not self.lock.acquire(timeout=timeout_s):
+            raise OutOfTime("the child was busy")
+        try:
+            if not self.is_ready:
+                waited_since = time.monotonic()
+                self._start()
+                deadline += time.monotonic() - waited_since
+            return self._exchange(message, deadline)
+        except (OSError, EOFError) as error:
+            self._kill()
+            raise ChildDied(f"{self.module} ended: {type(error).__name__}") from error
+        except BaseException:  # an interrupt in the middle would leave an answer in the pipe
+            self._kill()
+            raise
+        finally:
+            self.lock.release()
+
+    def _start(self) -> None:
+        if self.process is None:
+            self._launch()
+        if not self.from_child.poll(START_TIMEOUT_S):
+            raise ChildDied(f"{self.module} did not start within {START_TIMEOUT_S:.0f} s")
+        self.from_child.recv()
+        self.is_ready = True
+
+    def _launch(self) -> None:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        memory = str(self.memory_bytes or 0)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"import {self.module} as m; m.main()", memory, *self.arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        self.to_child = Connection(os.dup(self.process.stdin.fileno()), readable=False)
+        self.from_child = Connection(os.dup(self.process.stdout.fileno()), writable=False)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def _exchange(self, message: Any, deadline: float) -> Any:
+        self.to_child.send(message)
+        if not self.from_child.poll(max(0.0, deadline - time.monotonic())):
+            self._kill()
+            self._launch()  # the next request finds it warm, or at least under way
+            raise OutOfTime("no answer before the deadline")
+        return self.from_child.recv()
+
+    def _kill(self) -> None:
+        process, self.process, self.is_ready = self.process, None, False
+        if process is not None:
+            self.to_child.close()
+            self.from_child.close()
+            process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        """End the child; a later request starts a new one."""
+        process = self.process
+        if process is not None:
+            process.kill()  # wakes whoever waits for it, and they let go of the lock
+        with self.lock:
+            self._kill()
+
+    def _abandon(self) -> None:
+        """In a forked process: the child belongs to the parent; let go of it without a word."""
+        for connection in (self.to_child, self.from_child):
+            if connection is not None:
+                with contextlib.suppress(OSError):
+                    connection.close()
+        if self.process is not None:
+            self.process.returncode = 0  # so that nothing here waits for it or warns
+        self._forget()
+
+
+_children: "weakref.WeakSet[Child]" = weakref.WeakSet()
+
+
+@atexit.register
+def close_all() -> None:
+    """End every child of this process; runs at exit."""
+    for child in list(_children):
+        child._kill()
+
+
+def _abandon_all() -> None:
+    for child in list(_children):
+        child._abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
+
+
+# -------------------------------------------------------------------------------------------------------
+# The child's side
+
+
+def serve(answer: Callable[[Any], Any]) -> None:
+    """Answer requests until the parent has gone. What libraries print goes to stderr."""
+    from_parent = Connection(os.dup(0), writable=False)
+    to_parent = Connection(os.dup(1), readable=False)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    _limit_memory(int(sys.argv[1]))
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    to_parent.send("ready")
+    while True:
+        try:
+            message = from_parent.recv()
+        except EOFError:
+            return
+        to_parent.send(answer(message))
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    if not memory_bytes:
+        return
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses some limits
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed cannot close us; nobody wants the answer any more."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
