@@ -1,0 +1,104 @@
+"""Inference: the types that every engine and every caller share, free of torch so that a Mac without it
+imports them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen.
+
+    Attributes:
+        max_completion_tokens: tokens per completion at most, the EOS included.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+        min_p: keep tokens at least this share as likely as the likeliest; 0 keeps all.
+    """
+
+    max_completion_tokens: int = 512
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no sampler can do, naming the field."""
+        checks = {
+            "max_completion_tokens": (self.max_completion_tokens >= 1, ">= 1"),
+            "temperature": (self.temperature >= 0, ">= 0 (0 is greedy)"),
+            "top_k": (self.top_k >= 0, ">= 0 (0 keeps every token)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1] (1 keeps every token)"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1) (0 keeps every token)"),
+        }
+        for name, (holds, allowed) in checks.items():
+            if not holds:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        token_ids: the sampled tokens; the EOS is among them where the model gave one.
+        logprobs: of each token, under the distribution it was drawn from (temperature and kept set included);
+            for greedy
+            decoding, under temperature 1.
+        finish_reason: "stop" (EOS), "length" (the limit) or "cancelled".
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """One token of a stream; `finish_reason` is set on the last."""
+
+    token_id: int
+    logprob: float
+    finish_reason: FinishReason | None
+
+
+class Engine(Protocol):
+    """Tokens in, tokens out. An engine knows nothing of rewards, data or losses."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: Sequence[int],
+        first_prompt: int = 0,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample `n` completions of each prompt.
+
+        Args:
+            prompts: token ids, one list a prompt.
+            n: completions per prompt, the group size.
+            params: see `SamplingParams`.
+            seed: integers; the random numbers of a completion are keyed by (*seed, prompt, sample), so that
+                they depend
+                neither on the batch around it nor on the number of processes.
+            first_prompt: the number of the first prompt in the whole batch, of which this call may be one
+                process' share.
+            on_completion: called with (prompt, sample, completion) as each one finishes, in any order.
+
+        Returns:
+            One list of `n` completions a prompt, in prompt order.
+        """
+        ...
+
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams, seed: Sequence[int]
+    ) -> Iterator[StreamedToken]:
+        """Sample one completion token by token; closing the iterator stops the computation."""
+        ...

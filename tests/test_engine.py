@@ -1,0 +1,310 @@
+import copy
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from batches import pad_batch
+from inference import SamplingParams
+from inference.engine import TorchEngine, row_uniforms
+from inference.sampling import warp
+from models import Policy
+
+# Ragged, not in order of length, two of them equal; longer and shorter than the window of 4.
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14], [15, 16, 17, 18], [12, 13], [19, 20, 21, 22, 23]]
+ARCHITECTURES = ["qwen2", "llama", "qwen3", "mistral", "gemma3_text", "phi", "gpt2"]
+WARM = SamplingParams(max_completion_tokens=8, temperature=0.7)
+
+
+def tokenizer(eos_token_id=2):
+    return SimpleNamespace(pad_token_id=0, eos_token_id=eos_token_id)
+
+
+@pytest.fixture
+def model(random_model):
+    return random_model("qwen2")
+
+
+@pytest.fixture
+def forwards(model):
+    """The shape of the input ids of every forward pass of `model`."""
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
+
+
+def assert_same(got, expected):
+    """Equal tokens and reasons; log-probabilities up to the rounding that the rows around bring."""
+    for ours, theirs in zip(got, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.finish_reason == other.finish_reason
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is computed
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_equals_the_librarys_own_generation(random_model, architecture):
+    model = random_model(architecture)
+    greedy = SamplingParams(max_completion_tokens=8, temperature=0.0)
+    completions = [
+        group[0].token_ids for group in TorchEngine(model, tokenizer()).generate(PROMPTS, 1, greedy, (0,))
+    ]
+    assert len({tuple(ids) for ids in completions}) >= 3  # the prompt matters
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        alone = torch.tensor([prompt])
+        output = model.generate(
+            alone, attention_mask=torch.ones_like(alone), max_new_tokens=8, do_sample=False
+        )
+        assert completion == output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logprobs_equal_a_forward_pass_over_the_whole_text(random_model, architecture):
+    model = random_model(architecture)
+    groups = TorchEngine(model, tokenizer()).generate(PROMPTS, 3, WARM, (1,))
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    completions = [completion for group in groups for completion in group]
+    batch = pad_batch(prompts, [completion.token_ids for completion in completions], pad_token_id=0)
+    with torch.no_grad():
+        logprobs, _ = Policy(model)(**batch, temperature=WARM.temperature)
+    returned = torch.tensor([logprob for completion in completions for logprob in completion.logprobs])
+    assert returned.std() > 0.1
+    torch.testing.assert_close(logprobs[batch["completion_mask"]].float(), returned, rtol=0, atol=1e-6)
+    for row, completion in enumerate(completions):
+        assert logprobs[row, : len(completion.logprobs)].tolist() == pytest.approx(
+            completion.logprobs, abs=1e-9
+        )
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(6, temperature=0.9, top_k=20, top_p=0.9, min_p=0.02),
+        SamplingParams(6, temperature=0.0),
+    ],
+)
+def test_logprobs_are_those_of_the_distribution_drawn_from(model, params):
+    groups = TorchEngine(model, tokenizer()).generate(PROMPTS, 1, params, (1,))
+    for prompt, [completion] in zip(PROMPTS, groups, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = warp(logits, params)[range(len(completion.token_ids)), completion.token_ids]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-9)
+
+
+def test_sampled_tokens_follow_their_random_numbers(model):
+    """The first token of many samples has the model's distribution: the inverse of its cumulative one."""
+    with torch.no_grad():
+        probabilities = model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    samples = TorchEngine(model, tokenizer()).generate(PROMPTS[:1], 200, SamplingParams(1), (5,))[0]
+    cumulative = probabilities.cumsum(0)
+    for sample, completion in enumerate(samples):
+        uniform = row_uniforms((5,), 0, sample, 1)[0]
+        assert completion.token_ids == [int((cumulative <= uniform).sum())]
+    assert len({tuple(completion.token_ids) for completion in samples}) > 10
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a completion depends on
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral", "gpt2"])
+def test_a_completion_depends_on_nothing_around_it(random_model, architecture):
+    model = random_model(architecture)
+    engine = TorchEngine(model, tokenizer())
+    groups = engine.generate(PROMPTS, 3, WARM, (1, 2))
+    # Equal prompts, other numbers: other samples. And so within a group.
+    assert groups[1][0] != groups[4][0]
+    assert len({tuple(completion.token_ids) for completion in groups[0]}) == 3
+
+    for number, prompt in enumerate(PROMPTS):  # alone
+        assert_same(engine.generate([prompt], 3, WARM, (1, 2), first_prompt=number), [groups[number]])
+    for start, end in ((0, 2), (2, 6)):  # as a process' share
+        assert_same(engine.generate(PROMPTS[start:end], 3, WARM, (1, 2), start), groups[start:end])
+    for size in (1, 60, 90, 200):  # in batches of any size
+        assert_same(TorchEngine(model, tokenizer(), size).generate(PROMPTS, 3, WARM, (1, 2)), groups)
+    fewer = engine.generate(PROMPTS, 2, WARM, (1, 2))  # in groups of another size
+    assert_same(fewer, [group[:2] for group in groups])
+    shorter = engine.generate(PROMPTS, 1, SamplingParams(3, temperature=0.7), (1, 2))  # under another limit
+    assert [group[0].token_ids for group in shorter] == [group[0].token_ids[:3] for group in groups]
+
+
+def test_a_completion_depends_on_the_number_of_its_prompt_and_not_on_its_neighbours(model):
+    engine = TorchEngine(model, tokenizer())
+    groups = engine.generate(PROMPTS, 2, WARM, (1,))
+    others = [[30 + i] * (9 - i) for i in range(6)]
+    for number in range(6):
+        mixed = [prompt if i == number else others[i] for i, prompt in enumerate(PROMPTS)]
+        assert_same([engine.generate(mixed, 2, WARM, (1,))[number]], [groups[number]])
+
+
+def test_a_seed_changes_everything_and_touches_no_global_state(model):
+    engine, before = TorchEngine(model, tokenizer()), torch.get_rng_state()
+    first = engine.generate(PROMPTS, 1, WARM, (1, 7))
+    assert engine.generate(PROMPTS, 1, WARM, (1, 7)) == first
+    assert torch.equal(torch.get_rng_state(), before)
+    for seed in ((1, 8), (2, 7), (7, 1)):
+        other = engine.generate(PROMPTS, 1, WARM, seed)
+        assert all(a[0].token_ids != b[0].token_ids for a, b in zip(first, other, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How a completion ends
+
+
+def test_a_completion_ends_with_its_eos_and_leaves_the_others_alone(model, forwards):
+    long = TorchEngine(model, tokenizer(eos_token_id=319)).generate(PROMPTS, 2, WARM, (3,))
+    assert {(len(c.token_ids), c.finish_reason) for group in long for c in group} == {(8, "length")}
+    eos = long[3][1].token_ids[2]
+    forwards.clear()
+    stopped = TorchEngine(model, tokenizer(eos)).generate(PROMPTS, 2, WARM, (3,))
+    lengths = []
+    for group, whole in zip(stopped, long, strict=True):
+        for completion, full in zip(group, whole, strict=True):
+            has_eos = eos in full.token_ids
+            length = full.token_ids.index(eos) + 1 if has_eos else 8
+            assert completion.token_ids == full.token_ids[:length]
+            assert completion.logprobs == pytest.approx(full.logprobs[:length], abs=1e-9)
+            assert completion.finish_reason == ("stop" if has_eos else "length")
+            lengths.append(length)
+    assert 3 in lengths
+    # Prompts once and not once a sample; then whoever has ended is computed no more.
+    rows = [sum(length > step for length in lengths) for step in range(1, 8)]
+    assert forwards == [(6, 7)] + [(count, 1) for count in rows]
+
+
+def test_an_eos_at_the_limit_is_a_stop(model):
+    whole = TorchEngine(model, tokenizer()).generate(PROMPTS[:1], 1, WARM, (3,))[0][0].token_ids
+    at = next(i for i in range(1, 8) if whole[i] not in whole[:i])
+    params = SamplingParams(at + 1, temperature=0.7)
+    [[completion]] = TorchEngine(model, tokenizer(whole[at])).generate(PROMPTS[:1], 1, params, (3,))
+    assert (completion.token_ids, completion.finish_reason) == (whole[: at + 1], "stop")
+
+
+def test_every_token_that_the_generation_config_stops_at_stops(model, monkeypatch):
+    whole = TorchEngine(model, tokenizer()).generate(PROMPTS[:1], 1, WARM, (3,))[0][0].token_ids
+    for configured, stops in ((whole[1], {whole[1], 2}), ([whole[2], whole[4]], {whole[2], whole[4], 2})):
+        monkeypatch.setattr(model.generation_config, "eos_token_id", configured)
+        engine = TorchEngine(model, tokenizer())
+        [[completion]] = engine.generate(PROMPTS[:1], 1, WARM, (3,))
+        end = min(i for i, token in enumerate(whole) if token in stops)
+        assert (completion.token_ids, completion.finish_reason) == (whole[: end + 1], "stop")
+
+
+def test_batches_keep_their_budget(model, forwards):
+    TorchEngine(model, tokenizer(), max_batch_tokens=60).generate(PROMPTS, 2, WARM, (1,))
+    prefills = [shape for shape in forwards if shape[1] > 1 or shape[0] < 2]
+    assert sum(rows for rows, _ in prefills) == len(PROMPTS)
+    assert len(prefills) == 3
+    for rows, width in prefills:
+        assert rows * 2 * (width + 8) <= 60
+
+
+def test_every_completion_is_told_once_as_it_ends(model):
+    told = []
+    eos = TorchEngine(model, tokenizer()).generate(PROMPTS, 2, WARM, (3,))[3][1].token_ids[2]
+    groups = TorchEngine(model, tokenizer(eos), max_batch_tokens=100).generate(
+        PROMPTS, 2, WARM, (3,), on_completion=lambda *args: told.append(args)
+    )
+    assert Counter((prompt, sample) for prompt, sample, _ in told) == Counter(
+        (p, s) for p in range(6) for s in range(2)
+    )
+    assert all(groups[prompt][sample] is completion for prompt, sample, completion in told)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Streaming
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral", "gpt2"])
+def test_a_stream_equals_the_batch(random_model, architecture):
+    model = random_model(architecture)
+    whole = TorchEngine(model, tokenizer()).generate(PROMPTS, 1, WARM, (3,))[0][0].token_ids
+    for eos in (2, whole[4]):
+        engine = TorchEngine(model, tokenizer(eos))
+        for params in (WARM, SamplingParams(8, temperature=0.0), SamplingParams(1)):
+            expected = engine.generate(PROMPTS, 2, params, (3,))[0][0]
+            streamed = list(engine.stream(PROMPTS[0], params, (3,)))
+            assert [token.token_id for token in streamed] == expected.token_ids
+            assert [token.logprob for token in streamed] == pytest.approx(expected.logprobs, abs=1e-9)
+            assert [token.finish_reason for token in streamed[:-1]] == [None] * (len(streamed) - 1)
+            assert streamed[-1].finish_reason == expected.finish_reason
+
+
+def test_a_closed_stream_computes_nothing_more(model, forwards):
+    stream = TorchEngine(model, tokenizer()).stream(PROMPTS[0], WARM, (3,))
+    assert forwards == []
+    next(stream)
+    next(stream)
+    assert forwards == [(1, 7), (1, 1)]
+    stream.close()
+    assert forwards == [(1, 7), (1, 1)]
+    assert next(stream, None) is None
+
+
+def test_the_last_token_of_a_stream_is_not_fed_back(model, forwards):
+    assert len(list(TorchEngine(model, tokenizer()).stream(PROMPTS[0], WARM, (3,)))) == len(forwards)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The trainer's module
+
+
+@pytest.fixture
+def dropout_model():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=64, initializer_range=0.3
+        )
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
+        return GPT2LMHeadModel(config).double()
+
+
+def test_dropout_is_off_while_sampling_and_back_on_after(dropout_model):
+    engine = TorchEngine(dropout_model, tokenizer())
+    expected = engine.generate(PROMPTS, 2, WARM, (3,))
+    assert not dropout_model.eval().training
+    engine.generate(PROMPTS, 2, WARM, (3,))
+    assert not any(module.training for module in dropout_model.modules())
+    dropout_model.train()
+    assert engine.generate(PROMPTS, 2, WARM, (3,)) == expected
+    assert all(module.training for module in dropout_model.modules())
+    stream = engine.stream(PROMPTS[0], WARM, (3,))
+    assert next(stream).token_id == expected[0][0].token_ids[0]
+    assert not dropout_model.training
+    stream.close()
+    assert all(module.training for module in dropout_model.modules())
+
+
+def test_the_mode_comes_back_when_a_listener_fails(dropout_model):
+    dropout_model.train()
+
+    def fail(*_):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        TorchEngine(dropout_model, tokenizer()).generate(PROMPTS, 2, WARM, (3,), on_completion=fail)
+    assert all(module.training for module in dropout_model.modules())
+
+
+def test_what_the_trainer_changes_is_sampled_from_at_once_and_sampling_leaves_no_gradient(model):
+    model = copy.deepcopy(model)
+    engine = TorchEngine(model, tokenizer())
+    before = engine.generate(PROMPTS, 1, WARM, (3,))
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    # The same weights still train.
+    model(torch.tensor([PROMPTS[0]])).logits.logsumexp(-1).sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.grad.sign())
+    assert engine.generate(PROMPTS, 1, WARM, (3,)) != before
