@@ -1,0 +1,158 @@
+"""Problems put to an engine, the answers judged, the figures told with their intervals.
+
+One measurement for everyone: training evaluates itself with it, and so does `evaluate.py`.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from data import Problem
+from inference import Completion, Engine, SamplingParams
+from prompts import completion_prefix, encode_prompt, parse_completion, render_prompt
+from rewards import judge_problem
+
+Z95 = statistics.NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One judged completion.
+
+    Attributes:
+        completion: the text, a prefilled `<think>` included.
+        tokens: how many were sampled.
+        truncated: it ran into the limit.
+        well_formed: see `prompts.ParsedCompletion`.
+        correct: the strict judgement; None is undecided.
+        correct_lenient: the same with the last number taken as the answer where none was marked.
+        extracted: what the strict judgement took as the answer.
+    """
+
+    completion: str
+    tokens: int
+    truncated: bool
+    well_formed: bool
+    correct: bool | None
+    correct_lenient: bool | None
+    extracted: str | None
+
+
+def hold_exam(
+    engine: Engine,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    params: SamplingParams,
+    n: int = 1,
+    seed: Sequence[int] = (0,),
+    first_problem: int = 0,
+    on_answer: Callable[[], None] = lambda: None,
+) -> list[list[Answer]]:
+    """Sample `n` completions of every problem and judge them.
+
+    Args:
+        engine: answers.
+        tokenizer: of the engine's model.
+        problems: each with a gold answer.
+        params: how to sample; temperature 0 is greedy.
+        n: completions per problem.
+        seed: keys the random numbers, with the problem's number and the sample's.
+        first_problem: the number of the first problem, where this is one process' share of a longer list.
+        on_answer: called as each completion ends.
+
+    Returns:
+        `n` answers a problem, in order.
+    """
+    texts = [render_prompt(tokenizer, problem.question) for problem in problems]
+    token_ids = [encode_prompt(tokenizer, problem.question) for problem in problems]
+    groups = engine.generate(token_ids, n, params, seed, first_problem, lambda *_: on_answer())
+    return [
+        [judge_completion(tokenizer, text, completion, problem) for completion in group]
+        for text, group, problem in zip(texts, groups, problems, strict=True)
+    ]
+
+
+def hold_shared_exam(
+    accelerator: Accelerator,
+    engine: Engine,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    params: SamplingParams,
+    seed: Sequence[int] = (0,),
+) -> dict[str, Any]:
+    """Hold an exam with every process answering its share; all of them get the figures of the whole."""
+    size = math.ceil(len(problems) / accelerator.num_processes)
+    first = accelerator.process_index * size
+    with accelerator.autocast():
+        groups = hold_exam(engine, tokenizer, problems[first : first + size], params, 1, seed, first)
+    return summarise(gather_object(groups))
+
+
+def judge_completion(tokenizer: Any, prompt: str, completion: Completion, problem: Problem) -> Answer:
+    """Decode a completion of `prompt` and judge it against the problem's gold."""
+    text = completion_prefix(prompt) + tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    strict = judge_problem(text, problem.gold, problem.columns)
+    lenient = strict if strict.correct else judge_problem(text, problem.gold, problem.columns, strict=False)
+    return Answer(
+        completion=text,
+        tokens=len(completion.token_ids),
+        truncated=completion.finish_reason == "length",
+        well_formed=parse_completion(text).well_formed,
+        correct=strict.correct,
+        correct_lenient=lenient.correct,
+        extracted=strict.extracted,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def summarise(groups: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+    """The figures of an exam; shares are in [0, 1], `n` counts problems, undecided counts as wrong."""
+    answers = [answer for group in groups for answer in group]
+
+    def share(is_so: Callable[[Answer], object]) -> float:
+        return sum(bool(is_so(answer)) for answer in answers) / len(answers)
+
+    accuracy = share(lambda a: a.correct)
+    return {
+        "n": len(groups),
+        "accuracy_strict": accuracy,
+        "accuracy_lenient": share(lambda a: a.correct_lenient),
+        # Several samples of a problem are not independent: the interval counts problems.
+        "ci95": list(wilson_interval(accuracy * len(groups), len(groups))),
+        "format_rate": share(lambda a: a.well_formed),
+        "truncation_rate": share(lambda a: a.truncated),
+        "undecided_rate": share(lambda a: a.correct is None),
+        "mean_tokens": statistics.fmean(answer.tokens for answer in answers),
+    }
+
+
+def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a share.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if n < 1:
+        raise ValueError(f"n must be >= 1, got {n}")
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The chance that at least one of k samples is right, unbiased, from `correct` right ones among n.
+
+    Source: Chen et al. 2021, arXiv 2107.03374, eq. 1.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and the {n} samples, got {k}")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)

@@ -1,0 +1,167 @@
+import itertools
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+from scripted import ByteTokenizer
+
+import exam
+from data import Problem
+from exam import Answer, hold_exam, hold_shared_exam, pass_at_k, summarise, wilson_interval
+from inference import Completion, SamplingParams
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+# Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_equals_the_published_ones(successes, n, low, high):
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(1, 2), (3, 10), (7.5, 10), (0, 1), (1, 1), (250, 500)])
+def test_wilson_bounds_are_the_shares_that_the_score_test_just_accepts(successes, n):
+    share = successes / n
+    for bound in wilson_interval(successes, n):
+        assert 0 <= bound <= 1
+        assert abs(share - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / n), abs=1e-6)
+
+
+def test_an_interval_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="n must be >= 1, got 0"):
+        wilson_interval(0, 0)
+
+
+def test_pass_at_k_equals_drawing_every_subset():
+    for n in range(1, 8):
+        for correct in range(n + 1):
+            samples = [True] * correct + [False] * (n - correct)
+            for k in range(1, n + 1):
+                draws = [any(draw) for draw in itertools.combinations(samples, k)]
+                assert pass_at_k(n, correct, k) == pytest.approx(sum(draws) / len(draws))
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_pass_at_k_needs_k_samples(k):
+    with pytest.raises(ValueError, match=f"k must be between 1 and the 4 samples, got {k}"):
+        pass_at_k(4, 2, k)
+
+
+def answer(correct, lenient=None, tokens=10, truncated=False, well_formed=True):
+    return Answer(
+        "text", tokens, truncated, well_formed, correct, correct if lenient is None else lenient, "1"
+    )
+
+
+def test_figures_of_answers_made_by_hand():
+    groups = [
+        [answer(True, tokens=1), answer(True, tokens=2)],
+        [answer(False, lenient=True, tokens=3), answer(False, tokens=4, truncated=True, well_formed=False)],
+        [answer(None, tokens=5, well_formed=False), answer(True, tokens=6)],
+        [answer(False, tokens=7), answer(False, tokens=8)],
+    ]
+    figures = summarise(groups)
+    # The interval is that of 1.5 of 4 problems, not of 3 of 8 answers.
+    assert figures.pop("ci95") == list(wilson_interval(1.5, 4))
+    assert figures == {
+        "n": 4,
+        "accuracy_strict": 3 / 8,
+        "accuracy_lenient": 4 / 8,
+        "format_rate": 6 / 8,
+        "truncation_rate": 1 / 8,
+        "undecided_rate": 1 / 8,
+        "mean_tokens": 4.5,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The exam
+
+
+class ScriptedGroups:
+    """An engine that answers every prompt with the next texts of its script; a text that is cut ends in …"""
+
+    def __init__(self, script):
+        self.script = script
+        self.asked = []
+
+    def generate(self, prompts, n, params, seed, first_prompt=0, on_completion=None):
+        self.asked.append(([bytes(prompt).decode() for prompt in prompts], n, params, seed, first_prompt))
+        groups = []
+        for number, texts in enumerate(self.script[first_prompt : first_prompt + len(prompts)]):
+            assert len(texts) == n
+            groups.append([self.complete(text) for text in texts])
+            for sample, completion in enumerate(groups[-1]):
+                on_completion(number, sample, completion)
+        return groups
+
+    def complete(self, text):
+        ids = [*text.rstrip("…").encode()] + [256] * (not text.endswith("…"))
+        return Completion(ids, [0.0] * len(ids), "length" if text.endswith("…") else "stop")
+
+
+PROBLEMS = [Problem("3 + 4", "7"), Problem("2 * 3", "6"), Problem("9 - 4", "5")]
+GOOD = "<think>t</think><answer>7</answer>"
+SCRIPT = [
+    [GOOD, "so it is 7"],
+    ["<think>t</think><answer>7</answer>", "<think>on and on 6…"],
+    ["<think>t</think><answer>five</answer>", "<answer>5</answer>"],
+]
+
+
+def test_an_exam_asks_and_judges_every_sample():
+    engine, params, ended = ScriptedGroups(SCRIPT), SamplingParams(50, temperature=0.5), []
+    groups = hold_exam(
+        engine, ByteTokenizer(), PROBLEMS, params, 2, (3, 4), on_answer=lambda: ended.append(1)
+    )
+    texts = [f"[user] {problem.question}\n[assistant] " for problem in PROBLEMS]
+    assert engine.asked == [(texts, 2, params, (3, 4), 0)]
+    assert len(ended) == 6
+    assert groups[0][0] == Answer(GOOD, len(GOOD) + 1, False, True, True, True, "7")
+    assert [[a.correct for a in group] for group in groups] == [[True, False], [False, False], [False, True]]
+    assert [[a.correct_lenient for a in group] for group in groups] == [
+        [True, True],  # the last number, where no answer was marked
+        [False, False],
+        [False, True],
+    ]
+    assert [[a.truncated for a in group] for group in groups] == [
+        [False, False],
+        [False, True],
+        [False, False],
+    ]
+    assert [[a.well_formed for a in group] for group in groups] == [
+        [True, False],
+        [True, False],
+        [True, False],
+    ]
+
+
+def test_a_thought_that_the_template_opened_belongs_to_the_completion():
+    engine = ScriptedGroups([["t</think><answer>7</answer>"]])
+    [[judged]] = hold_exam(engine, ByteTokenizer(opens_thought=True), PROBLEMS[:1], SamplingParams())
+    assert judged.completion == GOOD
+    assert judged.well_formed
+    assert judged.tokens == len("t</think><answer>7</answer>") + 1  # the prefix was not sampled
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_an_exam_and_all_learn_its_figures(monkeypatch, processes):
+    script, params = [texts[:1] for texts in SCRIPT], SamplingParams(temperature=0.0)
+    whole = hold_exam(ScriptedGroups(script), ByteTokenizer(), PROBLEMS, params)
+    shares, firsts = [], []
+    for index in range(processes):
+        engine = ScriptedGroups(script)
+        accelerator = SimpleNamespace(num_processes=processes, process_index=index, autocast=nullcontext)
+        # Every process gets what all of them have sent.
+        monkeypatch.setattr(exam, "gather_object", lambda share: shares.append(share) or whole)
+        figures = hold_shared_exam(accelerator, engine, ByteTokenizer(), PROBLEMS, params, (9,))
+        assert figures == summarise(whole)
+        firsts += [(len(asked), first) for asked, n, _, seed, first in engine.asked if (n, seed) == (1, (9,))]
+    assert [group for share in shares for group in share] == whole
+    assert firsts == {1: [(3, 0)], 2: [(2, 0), (1, 2)], 3: [(1, 0), (1, 1), (1, 2)]}[processes]
