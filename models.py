@@ -5,6 +5,7 @@ A model folder is an ordinary Hugging Face folder: safetensors, config, generati
 chat template. Whatever is saved here loads in plain transformers.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -23,9 +24,13 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+from transformers.utils import logging
 
 import prompts
 from losses import token_logprobs
+
+# A bar for every file that is read or written is noise among a run's lines; the Hub's own bars stay.
+logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))
 
 TINY = "tiny"  # the name of the built-in model wherever a model is asked for
 
@@ -192,13 +197,25 @@ def _require_model(name: str) -> None:
 # What trains
 
 
-def make_accelerator(tracker: str = "none") -> Accelerator:
-    """Accelerate as the machine allows: bfloat16 autocast on a GPU that has it, float32 elsewhere; `tracker`
-    as asked.
+def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accelerator:
+    """Accelerate as the machine allows: bfloat16 autocast on a GPU that has it, float32 elsewhere.
+
+    Args:
+        tracker: "none", or a tracker that Accelerate knows.
+        folder: where trackers that write files put them.
+
+    Raises:
+        ValueError: the tracker is not installed.
     """
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise ValueError(
+            f"tracker {tracker!r} is not installed; pip install {tracker}, or give --tracker none"
+        )
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return Accelerator(
-        mixed_precision="bf16" if has_bf16 else "no", log_with=None if tracker == "none" else tracker
+        mixed_precision="bf16" if has_bf16 else "no",
+        log_with=None if tracker == "none" else tracker,
+        project_dir=folder,
     )
 
 

@@ -11,6 +11,9 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 BETAS = (0.9, 0.95)
+# Muon's rate over AdamW's, measured on the tiny model's cold start: torch's own matching of the two moves the
+# matrices at about half this rate (`match_rms_adamw`), and the loss after 100 steps is 0.84, not 0.65.
+MUON_FACTOR = 4.0
 
 
 def make_optimizer(
@@ -21,7 +24,7 @@ def make_optimizer(
     Args:
         policy: its parameters that require gradients are trained.
         name: "adamw"; or "muon", which takes the matrices inside the layers and leaves the rest to AdamW.
-        learning_rate: the highest; both use the same one (Muon's steps are scaled to the size of AdamW's).
+        learning_rate: AdamW's highest; Muon's is `MUON_FACTOR` times that.
         weight_decay: of matrices; norms and biases have no business at zero.
     """
     trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
@@ -36,7 +39,7 @@ def make_optimizer(
     inside = {id(p) for n, p in trained if p.ndim == 2 and id(p) not in tables and "lm_head" not in n}
     hidden = [p for p in matrices if id(p) in inside]
     others = [p for p in matrices if id(p) not in inside]
-    muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(hidden, lr=MUON_FACTOR * learning_rate, weight_decay=weight_decay, adjust_lr_fn="original")
     return Together([muon, AdamW([{"params": others}, *vectors], **settings)])
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import AdamW, Muon
 
 from models import Policy
-from optimizers import Together, make_optimizer, make_scheduler
+from optimizers import MUON_FACTOR, Together, make_optimizer, make_scheduler
 
 
 def names_of(groups, module):
@@ -46,7 +46,7 @@ def test_only_matrices_decay_and_frozen_parameters_stay_out(tiny, name):
     assert trained == {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
     assert trained.isdisjoint(id(parameter) for parameter in frozen.parameters())
     for group in optimizer.param_groups:
-        assert group["lr"] == 1e-3
+        assert group["lr"] in (1e-3, MUON_FACTOR * 1e-3)
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.1 if parameter.ndim == 2 else 0.0)
 
@@ -108,10 +108,10 @@ def test_a_learning_rate_set_on_the_whole_is_the_parts_also_after_loading():
         return {round(group["lr"], 12) for part in optimizer.parts for group in part.param_groups}
 
     train(model, optimizer, scheduler, [0])
-    assert rates() == {0.3}
+    assert rates() == {0.3, round(MUON_FACTOR * 0.3, 12)}
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, scheduler, [1])
-    assert rates() == {0.2}
+    assert rates() == {0.2, round(MUON_FACTOR * 0.2, 12)}
     train(model, optimizer, scheduler, [2, 3])
     assert rates() == {0.0}
     before = copy.deepcopy(model.state_dict())
