@@ -1,0 +1,1 @@
+"""A run: its configuration, its folder on disk, its checkpoints, its report."""

@@ -1,0 +1,257 @@
+"""The folder of a run, and where it goes on from: `config.yaml`, `environment.json`, JSON lines, checkpoints,
+`final/`.
+"""
+
+import dataclasses
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from models import save_model
+from runs.checkpoint import (
+    MANIFEST,
+    STATE,
+    find_damage,
+    latest_checkpoint,
+    list_checkpoints,
+    load_state,
+    save_checkpoint,
+    write_folder,
+)
+from runs.config import to_yaml
+from runs.metrics import LINES, RunLog, cut_lines, line_offsets
+from runs.report import write_report
+from runs.signals import StopRequest
+
+# Fields that may differ between a run and its continuation: they change how long or how loudly, not what is
+# learned.
+HARMLESS = {
+    "total_steps",
+    "output",
+    "resume",
+    "tracker",
+    "save_every",
+    "keep_checkpoints",
+    "eval_every",
+    "eval_limit",
+    "micro_batch_tokens",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins: afresh (`checkpoint` None), from a checkpoint, or not at all because it is
+    finished.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    is_finished: bool
+
+
+def open_run(config: Any) -> Start:
+    """Decide where a run begins; changes nothing on disk.
+
+    Args:
+        config: has `output`, `resume` ("auto", "never", or a checkpoint's folder) and `total_steps`.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration.
+        FileNotFoundError: `resume` names a folder that is no whole checkpoint.
+    """
+    folder = Path(config.output)
+    if config.resume == "never":
+        return Start(folder, None, is_finished=False)
+    if config.resume != "auto":
+        damage = find_damage(Path(config.resume))
+        if damage is None and not (Path(config.resume) / STATE).is_file():
+            damage = f"it holds a model but no {STATE}"
+        if damage:
+            raise FileNotFoundError(f"resume: {config.resume!r} is no whole checkpoint ({damage})")
+        return Start(folder, Path(config.resume), is_finished=False)
+    if not (folder / "config.yaml").is_file():
+        return Start(folder, None, is_finished=False)
+    before = yaml.safe_load((folder / "config.yaml").read_text())
+    _refuse_changes(before, yaml.safe_load(to_yaml(config)), folder)
+    is_finished = (folder / "final" / MANIFEST).is_file() and before["total_steps"] >= config.total_steps
+    return Start(folder, latest_checkpoint(folder), is_finished)
+
+
+def write_run(start: Start, config: Any) -> None:
+    """Make the folder, with the configuration and the environment, and drop what is not of this run: all that
+    an older one left if it begins afresh, or from another folder's checkpoint; else what came after the
+    checkpoint, which would be taken for this run's when it is next resumed.
+    """
+    checkpoints = start.folder / "checkpoints"
+    start.folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(start.folder / "final", ignore_errors=True)
+    if start.checkpoint is not None and start.checkpoint.resolve().parent == checkpoints.resolve():
+        for later in list_checkpoints(start.folder):
+            if later.name > start.checkpoint.name:
+                shutil.rmtree(later)
+    else:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(start.folder / "best", ignore_errors=True)
+        for name in LINES:
+            (start.folder / name).unlink(missing_ok=True)
+    (start.folder / "config.yaml").write_text(to_yaml(config))
+    (start.folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit: what one needs to know to run it again."""
+    packages = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code; None outside a repository, before its first commit, or without git."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    keys = sorted((before.keys() | now.keys()) - HARMLESS)
+    changes = [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)
+    ]
+    if changes:
+        raise ValueError(
+            f"output {str(folder)!r} holds a run with another configuration ({'; '.join(changes)}); "
+            "give another --output, or --resume never to start over in the same folder"
+        )
+
+
+class Run:
+    """A run while it trains: log, checkpoints, best and final model. Every process holds one; the main one
+    writes.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        config: Any,
+        accelerator: Accelerator,
+        model: Any,
+        tokenizer: Any,
+        optimizer: Any,
+        scheduler: Any,
+    ) -> None:
+        """Write the folder's first files, open the log, and go on where `start` says.
+
+        Args:
+            start: from `open_run`; the model was loaded from its checkpoint, everything else is restored
+                here.
+            config: the resolved configuration.
+            accelerator: its trackers are started here.
+            model: the Hugging Face model inside the policy.
+            tokenizer: saved beside the weights.
+            optimizer: as prepared.
+            scheduler: of the learning rate.
+        """
+        self.folder, self.config, self.accelerator = start.folder, config, accelerator
+        self.model, self.tokenizer, self.optimizer, self.scheduler = model, tokenizer, optimizer, scheduler
+        self.step, self.best_accuracy = 0, -1.0
+        if accelerator.is_main_process:
+            write_run(start, config)
+        if start.checkpoint is not None:
+            self._restore(start.checkpoint)
+        accelerator.wait_for_everyone()
+        if config.tracker != "none":
+            accelerator.init_trackers("ponder", config=_flat(config))
+        self.log = RunLog(self.folder, accelerator, config.total_steps, self.step)
+        if start.checkpoint is not None:
+            self.log.say(f"going on from {start.checkpoint}")
+
+    def checkpoint(self) -> None:
+        """Save what a resume after `self.step` steps needs."""
+        state = {
+            "step": self.step,
+            "best_accuracy": self.best_accuracy,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "lines": line_offsets(self.folder),
+        }
+        folder = self.folder / "checkpoints" / f"step-{self.step:06d}"
+        if self.accelerator.is_main_process:
+            save_checkpoint(folder, self._save_model, state, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def evaluated(self, name: str, figures: dict[str, Any]) -> None:
+        """Record an evaluation, and keep the model as `best/` if none was better."""
+        self.log.evaluation(self.step, name, figures)
+        if figures["accuracy_strict"] > self.best_accuracy:
+            self.best_accuracy = figures["accuracy_strict"]
+            self._write("best")
+
+    def finish(self, stop: StopRequest) -> int:
+        """Leave something usable: the final model, or where a stopped run goes on from. Returns the exit
+        code.
+        """
+        if stop.signal:
+            saved = self.folder / "checkpoints" / f"step-{self.step:06d}"
+            usable = f" A model to use: {saved}" if saved.is_dir() else ""
+            self.log.say(f"stopped after {self.step} steps; the same command goes on.{usable}")
+        else:
+            self._write("final")
+            self.log.say(f"final model: {self.folder / 'final'}")
+        if self.accelerator.is_main_process:
+            write_report(self.folder)
+            self.log.say(f"learning curve: {self.folder / 'report.html'}")
+        self.log.close()
+        return stop.exit_code if stop.signal else 0
+
+    def _write(self, name: str) -> None:
+        if self.accelerator.is_main_process:
+            write_folder(self.folder / name, self._save_model)
+        self.accelerator.wait_for_everyone()
+
+    def _save_model(self, folder: Path) -> None:
+        save_model(folder, self.model, self.tokenizer)
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = load_state(checkpoint)
+        self.step, self.best_accuracy = state["step"], state["best_accuracy"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+        if self.accelerator.is_main_process:
+            cut_lines(self.folder, state["lines"])
+
+
+def _flat(config: Any) -> dict[str, Any]:
+    """The configuration as trackers take it: numbers and strings."""
+    return {
+        key: value if isinstance(value, int | float | str) else str(value)
+        for key, value in dataclasses.asdict(config).items()
+    }

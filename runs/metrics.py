@@ -1,0 +1,109 @@
+"""What a run tells: JSON lines on disk, trackers, one aligned line a step, a progress bar with the time
+left.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+LINES = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
+
+# What a console line shows, where the step has it: the metric, its short name, its format, wide enough for
+# lines to stand under each other.
+COLUMNS = (
+    ("train/reward", "reward", "6.3f"),
+    ("train/accuracy", "accuracy", "6.1%"),
+    ("policy/loss", "loss", "7.4f"),
+    ("policy/entropy", "entropy", "5.3f"),
+    ("policy/grad_norm", "grad", "6.2f"),
+    ("rollout/completion_tokens", "tokens", "6.1f"),
+    ("rollout/zero_variance_groups", "no signal", "4.0%"),
+    ("time/generate_s", "generate", "6.2f"),
+    ("time/update_s", "update", "6.2f"),
+)
+
+
+class RunLog:
+    """Keeps the story of a run; only the main process writes."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, total_steps: int, first_step: int) -> None:
+        """Open the run's log.
+
+        Args:
+            folder: the run's folder.
+            accelerator: passes metrics on to its trackers.
+            total_steps: of the whole run.
+            first_step: steps already done, after a resume.
+        """
+        self.folder = folder
+        self.accelerator = accelerator
+        self.is_main = accelerator.is_main_process
+        self.line_every = max(1, total_steps // 20)
+        self.total_steps = total_steps
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc=folder.name,
+            unit="step",
+            dynamic_ncols=True,
+            # A pipe gets the aligned lines alone.
+            disable=not (self.is_main and sys.stderr.isatty()),
+        )
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a finished step (counted from 1)."""
+        self._append("metrics.jsonl", [{"step": step, **metrics}])
+        self.accelerator.log(metrics, step=step)
+        self.bar.update()
+        if step == 1 or step % self.line_every == 0 or step == self.total_steps:
+            shown = [f"{name} {metrics[key]:{form}}" for key, name, form in COLUMNS if key in metrics]
+            self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  " + "  ".join(shown))
+
+    def rollouts(self, rows: list[dict[str, Any]]) -> None:
+        """Keep every completion of a step."""
+        self._append("rollouts.jsonl", rows)
+
+    def evaluation(self, step: int, name: str, figures: dict[str, Any]) -> None:
+        """Record an evaluation made after `step` steps."""
+        self._append("eval.jsonl", [{"step": step, "set": name, **figures}])
+        self.accelerator.log({f"eval/{name}_accuracy": figures["accuracy_strict"]}, step=step)
+        low, high = figures["ci95"]
+        self.say(
+            f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {name} accuracy "
+            f"{figures['accuracy_strict']:.1%} (95 % interval {low:.1%} to {high:.1%}, n = {figures['n']})"
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the progress bar as it stands and finish the trackers."""
+        self.bar.close()
+        self.accelerator.end_training()
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if self.is_main:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def line_offsets(folder: Path) -> dict[str, int]:
+    """How many bytes each of the run's JSONL files holds, to be kept in a checkpoint."""
+    return {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in LINES}
+
+
+def cut_lines(folder: Path, offsets: dict[str, int]) -> None:
+    """Cut the run's JSONL files back to the checkpoint's offsets: no step is told twice after a resume."""
+    for name in LINES:
+        path = folder / name
+        if path.exists():
+            with open(path, "r+b") as file:
+                # Never longer: a file that a power cut left short would be filled up with zero bytes.
+                file.truncate(min(offsets.get(name, 0), path.stat().st_size))

@@ -1,0 +1,271 @@
+"""The folder of a run: where a run begins, what is refused, what is dropped, what goes on."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+import runs.folder
+from runs.checkpoint import MANIFEST, list_checkpoints, save_checkpoint, write_folder
+from runs.folder import Run, Start, environment, open_run, write_run
+from runs.metrics import LINES
+
+
+@dataclass(frozen=True)
+class Settings:
+    output: str
+    total_steps: int = 4
+    learning_rate: float = 0.1
+    options: dict[str, Any] = field(default_factory=dict)
+    resume: str = "auto"
+    tracker: str = "none"
+    save_every: int = 2
+    keep_checkpoints: int = 5
+
+
+def write_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def save(run, step):
+    folder = Path(run) / "checkpoints" / f"step-{step:06d}"
+    save_checkpoint(folder, write_weights, {"step": step}, keep=9)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Settings(str(tmp_path / "run"))
+
+
+def begin(config, **changes):
+    """Open a run with some settings changed, and write its first files."""
+    config = dataclasses.replace(config, **changes)
+    start = open_run(config)
+    write_run(start, config)
+    return start
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where a run begins
+
+
+def test_a_run_begins_afresh_where_there_is_none(config):
+    assert open_run(config) == Start(Path(config.output), None, is_finished=False)
+    assert not Path(config.output).exists()
+
+
+def test_a_stopped_run_goes_on_from_its_newest_checkpoint(config):
+    begin(config)
+    assert open_run(config).checkpoint is None
+    save(config.output, 1)
+    newest = save(config.output, 2)
+    assert open_run(config) == Start(Path(config.output), newest, is_finished=False)
+
+
+def test_a_finished_run_is_finished_until_more_steps_are_asked_for(config):
+    begin(config)
+    last = save(config.output, 4)
+    assert not open_run(config).is_finished
+    write_folder(Path(config.output) / "final", write_weights)
+    assert open_run(config).is_finished
+    assert open_run(dataclasses.replace(config, total_steps=3)).is_finished
+    longer = dataclasses.replace(config, total_steps=6)
+    assert open_run(longer) == Start(Path(config.output), last, is_finished=False)
+
+
+def test_a_prolonged_run_that_was_killed_is_not_finished(config):
+    begin(config)
+    save(config.output, 4)
+    write_folder(Path(config.output) / "final", write_weights)
+    begin(config, total_steps=6)
+    # Killed here: config.yaml says 6 steps, and the final model of 4 must not pass for theirs.
+    assert not open_run(dataclasses.replace(config, total_steps=6)).is_finished
+
+
+def test_another_configuration_is_refused_with_the_difference(config):
+    begin(config)
+    changed = dataclasses.replace(config, learning_rate=0.2, options={"high": 9})
+    with pytest.raises(ValueError, match="another configuration") as caught:
+        open_run(changed)
+    told = str(caught.value)
+    assert "(learning_rate: 0.1 -> 0.2; options: {} -> {'high': 9})" in told
+    assert "--output" in told
+    assert "--resume never" in told
+
+
+def test_a_field_that_the_older_run_did_not_have_is_a_difference(config):
+    begin(config)
+    path = Path(config.output) / "config.yaml"
+    path.write_text(
+        yaml.safe_dump({k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "options"})
+    )
+    with pytest.raises(ValueError, match=r"options: None -> \{\}"):
+        open_run(config)
+
+
+def test_what_does_not_change_the_learning_may_differ(config):
+    begin(config)
+    open_run(dataclasses.replace(config, total_steps=9, save_every=1, keep_checkpoints=1, tracker="wandb"))
+
+
+def test_resume_never_starts_over_and_drops_the_older_run(config):
+    begin(config)
+    save(config.output, 2)
+    folder = Path(config.output)
+    for name in LINES:
+        (folder / name).write_text("{}\n")
+    for name in ("best", "final"):
+        write_folder(folder / name, write_weights)
+    start = begin(config, resume="never", learning_rate=0.5)
+    assert start == Start(folder, None, is_finished=False)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "environment.json"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 0.5
+
+
+def test_resume_from_an_older_checkpoint_drops_the_later_ones(config):
+    begin(config)
+    first, second, third = (save(config.output, step) for step in (1, 2, 3))
+    (Path(config.output) / "metrics.jsonl").write_text("{}\n")
+    start = begin(config, resume=str(second))
+    assert start.checkpoint == second
+    # The third belongs to a future that now will not be; a kill before the next save must not bring it back.
+    assert list_checkpoints(Path(config.output)) == [first, second]
+    assert open_run(config).checkpoint == second
+    assert (Path(config.output) / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_resume_from_another_folder_drops_what_stood_in_this_one(config, tmp_path):
+    elsewhere = save(tmp_path / "other", 1)
+    begin(config)
+    save(config.output, 3)
+    (Path(config.output) / "metrics.jsonl").write_text("{}\n")
+    start = begin(config, resume=str(elsewhere))
+    assert start == Start(Path(config.output), elsewhere, is_finished=False)
+    assert list_checkpoints(Path(config.output)) == []
+    assert not (Path(config.output) / "metrics.jsonl").exists()
+    assert elsewhere.is_dir()
+
+
+def test_resume_from_what_is_no_checkpoint_is_refused(config, tmp_path):
+    checkpoint = save(config.output, 1)
+    (checkpoint / "model.safetensors").write_bytes(b"other")
+    write_folder(tmp_path / "best", write_weights)
+    for path, why in (
+        (checkpoint, "model.safetensors is not what was written"),
+        (tmp_path / "nowhere", "no readable manifest"),
+        (tmp_path / "best", "holds a model but no trainer_state"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"resume: .* is no whole checkpoint .*{why}"):
+            open_run(dataclasses.replace(config, resume=str(path)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The environment
+
+
+def test_the_environment_is_json_with_versions_and_device(config):
+    begin(config)
+    found = json.loads((Path(config.output) / "environment.json").read_text())
+    assert found["packages"]["torch"] == torch.__version__
+    assert {"python", "platform", "device", "threads", "commit", "command"} <= found.keys()
+
+
+def test_a_machine_without_git_or_a_commit_has_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs.folder, "__file__", str(tmp_path / "folder.py"))
+    assert environment()["commit"] is None
+    runs.folder.subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    assert environment()["commit"] is None
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] is None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run while it trains
+
+
+@pytest.fixture
+def make_run(monkeypatch):
+    """A run of a one-weight model whose steps are real optimizer steps."""
+    monkeypatch.setattr(runs.folder, "save_model", lambda folder, model, tokenizer: write_weights(folder))
+    monkeypatch.setattr(runs.folder, "write_report", lambda folder: folder / "report.html")
+
+    def make(config):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return Run(open_run(config), config, Accelerator(), model, None, optimizer, scheduler)
+
+    return make
+
+
+def train(run, steps):
+    for _ in range(steps):
+        run.model(torch.rand(1, 1)).sum().backward()
+        run.optimizer.step()
+        run.scheduler.step()
+        run.step += 1
+        run.log.step(run.step, {"policy/loss": float(run.step)})
+
+
+def figures(accuracy):
+    return {"accuracy_strict": accuracy, "ci95": [0.0, 1.0], "n": 8}
+
+
+def test_a_run_goes_on_with_optimizer_schedule_random_numbers_and_lines(config, make_run):
+    first = make_run(config)
+    train(first, 2)
+    first.evaluated("validation", figures(0.5))
+    first.checkpoint()
+    expected = torch.rand(3)
+    train(first, 1)  # told, but lost in a kill: the checkpoint is older
+
+    second = make_run(config)
+    assert torch.equal(torch.rand(3), expected)
+    assert (second.step, second.best_accuracy) == (2, 0.5)
+    assert second.scheduler.get_last_lr() == [0.025]
+    moments = second.optimizer.state_dict()["state"][0]
+    assert moments["step"] == 2
+    assert moments["exp_avg"] != 0
+    train(second, 2)
+    metrics = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3, 4]
+
+
+def test_best_is_the_best_and_not_the_last(config, make_run):
+    run, saved = make_run(config), []
+    run._write = saved.append
+    for accuracy in (0.0, 0.5, 0.5, 0.4, 0.6):
+        run.evaluated("validation", figures(accuracy))
+    assert saved == ["best", "best", "best"]
+    assert run.best_accuracy == 0.6
+
+
+def test_a_run_that_ends_leaves_final_and_says_where(config, make_run, capsys):
+    run = make_run(config)
+    train(run, 4)
+    assert run.finish(SimpleNamespace(signal=None)) == 0
+    assert (Path(config.output) / "final" / MANIFEST).is_file()
+    assert f"final model: {Path(config.output) / 'final'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_stopped_run_leaves_no_final_and_names_only_what_is_there(config, make_run, capsys, saved):
+    run = make_run(config)
+    if saved:
+        train(run, 2)
+        run.checkpoint()
+    assert run.finish(SimpleNamespace(signal=15, exit_code=143)) == 143
+    assert not (Path(config.output) / "final").exists()
+    told = capsys.readouterr().out
+    assert f"stopped after {run.step} steps; the same command goes on." in told
+    assert ("A model to use: " + str(Path(config.output) / "checkpoints" / "step-000002") in told) == saved
+    assert ("A model to use" in told) == saved

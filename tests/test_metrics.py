@@ -1,0 +1,194 @@
+"""What a run tells: JSON lines, aligned lines, trackers, and cutting back after a resume."""
+
+import io
+import json
+import math
+import os
+
+import pytest
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+
+from runs.metrics import LINES, RunLog, cut_lines, line_offsets
+
+STEP = {
+    "train/reward": 0.5,
+    "train/accuracy": 0.25,
+    "policy/loss": -0.0123,
+    "policy/entropy": 1.5,
+    "policy/grad_norm": 0.75,
+    "rollout/completion_tokens": 31.4,
+    "rollout/zero_variance_groups": 0.5,
+    "time/generate_s": 1.5,
+    "time/update_s": 12.25,
+}
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = RunLog(tmp_path, Accelerator(), total_steps=40, first_step=0)
+    yield log
+    log.close()
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# On disk
+
+
+def test_every_step_evaluation_and_completion_is_a_line(log, tmp_path):
+    log.step(1, STEP)
+    log.step(2, {"policy/loss": math.nan})
+    log.evaluation(2, "validation", {"accuracy_strict": 0.5, "ci95": [0.2, 0.8], "n": 10})
+    log.rollouts([{"completion": "two\nlines, ünïcode \u2028"}, {"completion": ""}])
+    first, second = rows(tmp_path / "metrics.jsonl")
+    assert first == {"step": 1, **STEP}
+    assert math.isnan(second["policy/loss"])
+    assert rows(tmp_path / "eval.jsonl") == [
+        {"step": 2, "set": "validation", "accuracy_strict": 0.5, "ci95": [0.2, 0.8], "n": 10}
+    ]
+    written = (tmp_path / "rollouts.jsonl").read_bytes()
+    assert written.count(b"\n") == 2
+    assert json.loads(written.split(b"\n")[0]) == {"completion": "two\nlines, ünïcode \u2028"}
+
+
+def test_lines_are_cut_back_to_what_a_checkpoint_knew(log, tmp_path):
+    log.step(1, {"policy/loss": 1.0})
+    log.rollouts([{"completion": "größer"}])  # offsets are bytes, not characters
+    kept = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "rollouts.jsonl")}
+    offsets = line_offsets(tmp_path)
+    assert offsets == {name: len(kept.get(name, b"")) for name in LINES}
+    log.step(2, {"policy/loss": 2.0})
+    log.rollouts([{"completion": "later"}])
+    log.evaluation(2, "validation", {"accuracy_strict": 0.5, "ci95": [0.2, 0.8], "n": 10})
+    cut_lines(tmp_path, offsets)
+    assert {name: (tmp_path / name).read_bytes() for name in LINES} == {"eval.jsonl": b"", **kept}
+    log.step(2, {"policy/loss": 3.0})
+    assert [row["policy/loss"] for row in rows(tmp_path / "metrics.jsonl")] == [1.0, 3.0]
+
+
+def test_a_file_shorter_than_the_checkpoint_knew_is_not_filled_up(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n')
+    cut_lines(tmp_path, {"metrics.jsonl": 1000})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n'
+
+
+# ------------------------------------------------------------------------------------------------------------
+# On the screen
+
+
+def test_a_pipe_gets_aligned_lines_and_no_progress_bar(log, capfd):
+    for step in range(1, 41):
+        log.step(step, {**STEP, "train/accuracy": step / 40, "policy/loss": (-1) ** step * step / 4})
+    told = capfd.readouterr()
+    assert told.err == ""
+    lines = told.out.splitlines()
+    # The first step, every twentieth part of the run, and the last.
+    assert [int(line.split("/")[0].removeprefix("step")) for line in lines] == [1, *range(2, 41, 2)]
+    assert "\r" not in told.out
+    assert len({len(line) for line in lines}) == 1
+    for name in (
+        "reward",
+        "accuracy",
+        "loss",
+        "entropy",
+        "grad",
+        "tokens",
+        "no signal",
+        "generate",
+        "update",
+    ):
+        assert len({line.index(f" {name} ") for line in lines}) == 1, name
+    assert lines[0].startswith("step  1/40  reward  0.500  accuracy   2.5%  loss -0.2500")
+    assert lines[-1].startswith("step 40/40  reward  0.500  accuracy 100.0%  loss 10.0000")
+
+
+def test_a_step_without_a_metric_leaves_its_column_out(log, capsys):
+    log.step(1, {"policy/loss": 5.9361, "policy/learning_rate": 0.1})
+    assert capsys.readouterr().out == "step  1/40  loss  5.9361\n"
+
+
+def test_an_evaluation_is_told_with_its_interval(log, capsys):
+    log.evaluation(7, "validation", {"accuracy_strict": 0.015, "ci95": [0.005, 0.0432], "n": 200})
+    assert (
+        capsys.readouterr().out
+        == "step  7/40  validation accuracy 1.5% (95 % interval 0.5% to 4.3%, n = 200)\n"
+    )
+
+
+def test_a_terminal_gets_a_progress_bar_that_goes_on_where_the_run_does(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    log = RunLog(tmp_path / "grpo", Accelerator(), total_steps=40, first_step=10)
+    log.close()
+    assert "grpo:  25%" in terminal.getvalue()
+    assert "10/40" in terminal.getvalue()
+
+
+def test_other_processes_write_and_say_nothing(tmp_path, capsys, monkeypatch):
+    accelerator = Accelerator()
+    monkeypatch.setattr(type(accelerator), "is_main_process", False)
+    log = RunLog(tmp_path, accelerator, total_steps=2, first_step=0)
+    log.step(1, STEP)
+    log.rollouts([{"completion": ""}])
+    log.evaluation(1, "validation", {"accuracy_strict": 0.5, "ci95": [0.2, 0.8], "n": 10})
+    log.close()
+    assert os.listdir(tmp_path) == []
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Trackers
+
+
+class Notebook(GeneralTracker):
+    """A tracker that keeps what it is given."""
+
+    name = "notebook"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.logged, self.ended = [], False
+
+    @property
+    def tracker(self):
+        return self.logged
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **kwargs):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.ended = True
+
+
+def test_trackers_get_every_number_with_its_step_and_are_ended(tmp_path):
+    notebook = Notebook()
+    accelerator = Accelerator(log_with=[notebook])
+    accelerator.init_trackers("ponder")
+    log = RunLog(tmp_path, accelerator, total_steps=40, first_step=2)
+    log.step(3, STEP)
+    log.evaluation(3, "validation", {"accuracy_strict": 0.5, "ci95": [0.2, 0.8], "n": 10})
+    assert notebook.logged == [(3, STEP), (3, {"eval/validation_accuracy": 0.5})]
+    log.close()
+    assert notebook.ended
+
+
+def test_tensorboard_files_hold_the_numbers(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("ponder", config={"learning_rate": 0.1, "data": "arithmetic"})
+    log = RunLog(tmp_path, accelerator, total_steps=2, first_step=0)
+    for step in (1, 2):
+        log.step(step, {"policy/loss": float(step)})
+    log.close()
+    (events,) = (tmp_path / "ponder").glob("events.*")
+    accumulator = event_accumulator.EventAccumulator(str(events)).Reload()
+    assert [(event.step, event.value) for event in accumulator.Scalars("policy/loss")] == [(1, 1.0), (2, 2.0)]

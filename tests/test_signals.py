@@ -1,0 +1,59 @@
+"""Being told to stop: once to finish the step, twice to quit at once."""
+
+import signal
+import threading
+
+import pytest
+
+from runs.signals import stop_on_signal
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The handlers of a plain Python process, whatever the test runner set."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_is_noted_and_gives_the_exit_code_of_a_shell(number, code, capsys):
+    with stop_on_signal() as stop:
+        assert stop.signal is None
+        signal.raise_signal(number)
+        assert stop.signal == number
+        assert stop.exit_code == code
+    assert "stopping after this step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_quits_at_once(number):
+    with stop_on_signal():
+        signal.raise_signal(number)
+        # Either signal may come second.
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_are_put_back_after_the_run():
+    with stop_on_signal():
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_in_another_thread_leaves_the_handlers_alone():
+    seen = []
+
+    def work():
+        with stop_on_signal() as stop:
+            seen.append((stop.signal, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(10)
+    assert seen == [(None, signal.default_int_handler)]
