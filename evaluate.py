@@ -1,0 +1,192 @@
+"""Honest evaluation: strict and lenient accuracy with intervals, greedy and sampled, beside a baseline.
+
+Both models answer the same problems through the same engine, prompts and judge.
+
+    python evaluate.py --model outputs/grpo/final --baseline outputs/sft/final
+    python evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k --limit 200 --samples 8 --json
+    gsm8k.json
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data import Problem, load_problems
+from exam import Answer, hold_exam, pass_at_k, summarise
+from inference import SamplingParams
+from inference.engine import TorchEngine
+from models import load_model, load_tokenizer, make_accelerator
+from runs.config import at_the_door, parse_config, require, run_script
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Every field is a flag of the same name."""
+
+    model: str
+    """A model folder or a Hub name."""
+    baseline: str | None = None
+    """A second model, measured beside the first on the same problems."""
+    data: str = "arithmetic"
+    """A built-in task (arithmetic, word_problems, countdown), gsm8k, math, openr1-math, a Hub name, a file or
+    a folder.
+    """
+    split: str = "test"
+    """train, validation or test."""
+    limit: int | None = None
+    """At most this many problems."""
+    data_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a built-in task, such as '{high: 999}'."""
+    question_column: str | None = None
+    """The data's column with the question; guessed from the usual names if not given."""
+    answer_column: str | None = None
+    """The data's column with the answer; guessed from the usual names if not given."""
+    system_prompt: str | None = None
+    """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
+    max_completion_tokens: int = 512
+    """Tokens a completion at most."""
+    samples: int = 0
+    """Besides the greedy answer, this many sampled ones a problem: their mean accuracy, and pass@k with k =
+    samples.
+    """
+    temperature: float = 1.0
+    """Of the sampled answers."""
+    seed: int = 0
+    """Of the sampled answers."""
+    json: str | None = None
+    """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        require(self, "max_completion_tokens", at_least=1)
+        require(self, "samples", "seed", at_least=0)
+        require(self, "temperature", above=0)
+        if self.limit is not None:
+            require(self, "limit", at_least=1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model did."""
+
+    figures: dict[str, Any]
+    greedy: list[Answer]
+
+
+def examine(
+    config: EvaluateConfig, engine: TorchEngine, tokenizer: Any, problems: list[Problem], bar: tqdm
+) -> Result:
+    """Let a model answer greedily, and in samples if asked for."""
+
+    def ask(temperature: float, n: int) -> list[list[Answer]]:
+        params = SamplingParams(config.max_completion_tokens, temperature)
+        return hold_exam(engine, tokenizer, problems, params, n, (config.seed,), on_answer=bar.update)
+
+    greedy = ask(0.0, 1)
+    figures = summarise(greedy)
+    if config.samples:
+        sampled = ask(config.temperature, config.samples)
+        right = [sum(bool(answer.correct) for answer in group) for group in sampled]
+        figures["samples"] = config.samples
+        figures["accuracy_sampled"] = summarise(sampled)["accuracy_strict"]
+        figures["pass_at_k"] = statistics.fmean(pass_at_k(config.samples, c, config.samples) for c in right)
+    return Result(figures, [group[0] for group in greedy])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Telling
+
+ROWS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+    ("accuracy_strict", "accuracy, strict", lambda f: f"{f['accuracy_strict']:.1%}"),
+    ("ci95", "  95 % interval", lambda f: "{:.1%} to {:.1%}".format(*f["ci95"])),
+    ("accuracy_lenient", "accuracy, lenient", lambda f: f"{f['accuracy_lenient']:.1%}"),
+    ("accuracy_sampled", "accuracy, sampled", lambda f: f"{f['accuracy_sampled']:.1%}"),
+    ("pass_at_k", "pass@k", lambda f: f"{f['pass_at_k']:.1%} (k = {f['samples']})"),
+    ("format_rate", "well formed", lambda f: f"{f['format_rate']:.1%}"),
+    ("truncation_rate", "truncated", lambda f: f"{f['truncation_rate']:.1%}"),
+    ("undecided_rate", "undecided", lambda f: f"{f['undecided_rate']:.1%}"),
+    ("mean_tokens", "tokens a completion", lambda f: f"{f['mean_tokens']:.1f}"),
+)
+
+
+def table(results: dict[str, Result]) -> str:
+    """The figures of the models, one column each."""
+    rows = [["", *results]]
+    for key, label, show in ROWS:
+        if all(key in result.figures for result in results.values()):
+            rows.append([label, *(show(result.figures) for result in results.values())])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * sum(widths, 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def telling_problem(results: list[Result]) -> int:
+    """A problem that shows the difference: wrong with the baseline and right with the model, else the
+    first.
+    """
+    if len(results) == 2:
+        pairs = zip(results[0].greedy, results[1].greedy, strict=True)
+        for index, (before, after) in enumerate(pairs):
+            if not before.correct and after.correct:
+                return index
+    return 0
+
+
+def indented(text: str) -> str:
+    """Text of a model, set off from ours; control characters are shown, not obeyed."""
+    lines = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text).split("\n")
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def main(config: EvaluateConfig) -> int:
+    """Measure, print, and write the figures if asked for; returns the exit code."""
+    accelerator = make_accelerator()
+    names = [name for name in (config.baseline, config.model) if name]
+    with at_the_door():
+        tokenizers = {name: load_tokenizer(name, config.system_prompt) for name in names}
+        problems = load_problems(
+            config.data,
+            config.split,
+            limit=config.limit,
+            question_column=config.question_column,
+            answer_column=config.answer_column,
+            options=config.data_options,
+        )
+    results: dict[str, Result] = {}
+    answers = len(problems) * (1 + config.samples)
+    for name in names:
+        with at_the_door():
+            model = load_model(name, device=accelerator.device)
+        engine = TorchEngine(model, tokenizers[name])
+        with tqdm(total=answers, desc=name, unit="answer", dynamic_ncols=True) as bar, accelerator.autocast():
+            results[name] = examine(config, engine, tokenizers[name], problems, bar)
+        del model, engine
+
+    print(f"\n{config.data}, {config.split} split, {len(problems)} problems, greedy unless said\n")
+    print(table(results))
+    index = telling_problem(list(results.values()))
+    print(f"\n{problems[index].question}   (gold: {problems[index].gold})")
+    for name, result in results.items():
+        answer = result.greedy[index]
+        print(f"\n  {name}: {'right' if answer.correct else 'wrong'}\n{indented(answer.completion)}")
+    if config.json:
+        rows = {
+            name: {"model": name, "data": config.data, "split": config.split, **r.figures}
+            for name, r in results.items()
+        }
+        report = rows[config.model] | ({"baseline": rows[config.baseline]} if config.baseline else {})
+        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+        print(f"\nfigures in {config.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main, lambda: parse_config(EvaluateConfig))

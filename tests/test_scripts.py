@@ -1,0 +1,382 @@
+"""The scripts, whole: learning, resuming, real data, mistakes, and what comes out."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import runs.folder
+from evaluate import EvaluateConfig
+from evaluate import main as evaluate
+from models import save_model
+from runs.config import UserError, parse_config, run_script
+from train_grpo import GRPOConfig
+from train_grpo import main as train_grpo
+from train_sft import SFTConfig
+from train_sft import main as train_sft
+
+ROOT = Path(__file__).parent.parent
+GSM8K = os.environ.get("GSM8K_DIR")
+needs_gsm8k = pytest.mark.skipif(not GSM8K, reason="GSM8K_DIR is not set")
+
+# Sums small enough to be learned in a minute.
+SMALL = {"high": 29}
+
+
+def quick_sft(output, **changes):
+    settings = {"total_steps": 4, "examples_per_step": 8, "eval_limit": 8, "eval_every": 2, "save_every": 2}
+    return SFTConfig(output=str(output), limit=64, max_completion_tokens=64, **settings | changes)
+
+
+def quick_grpo(output, **changes):
+    settings = {"total_steps": 4, "prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 12}
+    settings |= {"eval_limit": 8, "eval_every": 2, "save_every": 2, "model": "tiny"}
+    # Random weights earn no reward for being right; this one tells their completions apart.
+    settings |= {"rewards": {"unique_characters": 1.0}}
+    return GRPOConfig(output=str(output), **settings | changes)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A cold start and a GRPO run on small sums, for the tests that need a model that learned something."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = {"data_options": SMALL, "eval_every": 0}
+    sft = SFTConfig(output=str(folder / "sft"), total_steps=300, save_every=300, **options)
+    assert train_sft(sft) == 0
+    grpo = GRPOConfig(
+        model=str(folder / "sft" / "final"),
+        output=str(folder / "grpo"),
+        total_steps=60,
+        kl_coef=0.0,
+        save_every=60,
+        **options,
+    )
+    assert train_grpo(grpo) == 0
+    figures = folder / "evaluation.json"
+    evaluate(
+        EvaluateConfig(
+            model=grpo.output + "/final",
+            baseline=sft.output + "/final",
+            split="validation",
+            data_options=SMALL,
+            max_completion_tokens=64,
+            samples=2,
+            json=str(figures),
+        )
+    )
+    return folder, json.loads(figures.read_text())
+
+
+@pytest.mark.slow
+def test_grpo_raises_held_out_accuracy_by_twenty_points(trained):
+    _, figures = trained
+    before, after = figures["baseline"], figures
+    assert before["format_rate"] > 0.9  # the cold start taught the form
+    assert after["accuracy_strict"] >= before["accuracy_strict"] + 0.20
+    assert after["accuracy_sampled"] >= before["accuracy_sampled"] + 0.20
+    keys = {"model", "data", "n", "accuracy_strict", "accuracy_lenient", "ci95", "format_rate"}
+    assert keys | {"truncation_rate", "mean_tokens"} <= figures.keys()
+
+
+@pytest.mark.slow
+def test_the_trained_folder_loads_in_plain_transformers(trained):
+    folder, _ = trained
+    program = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+messages = [{"role": "user", "content": "12 + 5 + 20 = ?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
+return_dict=True) output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))
+print([name for name in sys.modules if name in ("models", "prompts", "train_grpo")])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder / "grpo" / "final")],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        check=True,
+    )
+    text, ours = done.stdout.strip().rsplit("\n", 1)
+    assert text.startswith("<think>")
+    assert text.endswith("</answer><|end|>")  # it stops by itself
+    assert ours == "[]"
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_keeps_its_weights(trained, capsys):
+    folder, _ = trained
+    before = (folder / "grpo" / "final" / "model.safetensors").stat().st_mtime_ns
+    config = GRPOConfig(
+        model=str(folder / "sft" / "final"),
+        output=str(folder / "grpo"),
+        total_steps=60,
+        kl_coef=0.0,
+        save_every=60,
+        data_options=SMALL,
+        eval_every=0,
+    )
+    assert train_grpo(config) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert (folder / "grpo" / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_after(monkeypatch, step):
+    """Die as a killed process would: after a checkpoint, without a chance to tidy up."""
+    checkpoint = runs.folder.Run.checkpoint
+
+    def then_die(run):
+        checkpoint(run)
+        if run.step == step:
+            raise Crash
+
+    monkeypatch.setattr(runs.folder.Run, "checkpoint", then_die)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("train", "quick", "changes"),
+    [
+        (train_sft, quick_sft, {"optimizer": "muon"}),
+        (train_sft, quick_sft, {"optimizer": "adamw"}),
+        (train_grpo, quick_grpo, {"kl_coef": 0.04}),
+        (train_grpo, quick_grpo, {"kl_coef": 0.0, "updates_per_rollout": 2, "lr_schedule": "cosine"}),
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bits(train, quick, changes, tmp_path, monkeypatch):
+    assert train(quick(tmp_path / "whole", **changes)) == 0
+    with monkeypatch.context() as patch:
+        crash_after(patch, 2)
+        with pytest.raises(Crash):
+            train(quick(tmp_path / "killed", **changes))
+    # What a dying process may leave behind the checkpoint: a line too many.
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3}\n')
+    assert train(quick(tmp_path / "killed", **changes)) == 0
+    whole, resumed = weights(tmp_path / "whole" / "final"), weights(tmp_path / "killed" / "final")
+    start = weights(tmp_path / "whole" / "checkpoints" / "step-000002")
+    assert same(whole, resumed)
+    assert not same(whole, start)
+    assert [line["step"] for line in lines(tmp_path / "killed" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, "train_sft.py", "--output", str(tmp_path / "run"), "--total_steps", "40"]
+    command += ["--examples_per_step", "4", "--limit", "64", "--eval_every", "0", "--lr_schedule", "constant"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    done = len(lines(metrics))
+    assert done < 40
+    saved = tmp_path / "run" / "checkpoints" / f"step-{done:06d}"
+    assert str(saved) in output
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from {saved}" in again.stdout
+    assert [line["step"] for line in lines(metrics)] == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """The same prompts, the same completions, the same gradient: weights agree to float32 rounding."""
+    train_grpo(quick_grpo(tmp_path / "one", total_steps=2, eval_every=0))
+    flags = ["--model", "tiny", "--total_steps", "2", "--eval_every", "0", "--output", str(tmp_path / "two")]
+    flags += ["--prompts_per_step", "4", "--group_size", "4", "--max_completion_tokens", "12"]
+    flags += ["--rewards", "{unique_characters: 1.0}"]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+        + ["train_grpo.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    one, two = lines(tmp_path / "one" / "rollouts.jsonl"), lines(tmp_path / "two" / "rollouts.jsonl")
+    assert [row["completion"] for row in one] == [row["completion"] for row in two]
+    before = torch.cat([value.flatten() for value in weights(tmp_path / "one" / "final").values()])
+    after = torch.cat([value.flatten() for value in weights(tmp_path / "two" / "final").values()])
+    assert (before - after).norm() / before.norm() < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Real data
+
+
+@pytest.fixture(scope="module")
+def random_qwen(tmp_path_factory):
+    """A folder with a random two-layer Qwen2 and a byte-level BPE tokenizer with a ChatML template."""
+    folder = tmp_path_factory.mktemp("qwen")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator(["How many apples does she have?", "The answer is 72."] * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    save_model(folder, Qwen2ForCausalLM(config), tokenizer)
+    return str(folder)
+
+
+@pytest.mark.slow
+@needs_gsm8k
+def test_gsm8k_runs_end_to_end_and_counts_its_problems(random_qwen, tmp_path, capsys):
+    sizes = {"max_prompt_tokens": 600, "total_steps": 2, "eval_every": 0}
+    sft = SFTConfig(
+        model=random_qwen,
+        data=GSM8K,
+        output=str(tmp_path / "sft"),
+        examples_per_step=4,
+        max_completion_tokens=300,
+        optimizer="adamw",
+        **sizes,
+    )
+    assert train_sft(sft) == 0
+    told = capsys.readouterr().out
+    assert "6973 problems" in told  # 7,473 less the 500 of the validation split
+    assert "left out over max_prompt_tokens or max_completion_tokens" in told
+    grpo = GRPOConfig(
+        model=sft.output + "/final",
+        data=GSM8K,
+        output=str(tmp_path / "grpo"),
+        prompts_per_step=2,
+        group_size=2,
+        max_completion_tokens=16,
+        **sizes,
+    )
+    assert train_grpo(grpo) == 0
+    told = capsys.readouterr().out
+    assert "6973 problems" in told
+    assert "left out over max_prompt_tokens" in told
+    assert (
+        evaluate(EvaluateConfig(model=grpo.output + "/final", data=GSM8K, limit=8, max_completion_tokens=16))
+        == 0
+    )
+    assert "8 problems" in capsys.readouterr().out
+    rows = lines(tmp_path / "grpo" / "rollouts.jsonl")
+    assert len(rows) == 2 * 2 * 2
+    assert all(row["gold"] for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def exit_of(config_class, train, argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(train, lambda: parse_config(config_class, argv))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return stopped.value.code, error
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--learning_rat", "1"], ["--learning_rat", "--learning_rate"]),
+        (["--model", "not/a/folder"], ["not/a/folder", "Hub name"]),
+        (["--model", "tiny", "--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--group_size", "1"], ["group_size", "baseline", "got 1"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--learning_rate", "fast"], ["learning_rate", "fast"]),
+        (["--temperature", "0"], ["temperature", "> 0", "got 0"]),
+        (["--ratio_level", "sequence", "--weighting", "token"], ["ratio_level", "weighting"]),
+        (
+            ["--prompts_per_step", "10", "--updates_per_rollout", "4"],
+            ["prompts_per_step", "updates_per_rollout"],
+        ),
+        (["--model", "tiny", "--rewards", "{corect: 1.0}"], ["corect", "correct"]),
+        (["--model", "tiny", "--data", "arithmetik"], ["arithmetik", "arithmetic"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_path):
+    argv = [*argv, "--output", str(tmp_path / "run")]
+    code, error = exit_of(GRPOConfig, train_grpo, argv, capsys)
+    assert code == 2
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_column_names_those_that_exist(capsys, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"frage": "1 + 1?", "antwort": "2"}\n' * 40)
+    argv = ["--model", "tiny", "--data", str(file), "--output", str(tmp_path / "run")]
+    code, error = exit_of(GRPOConfig, train_grpo, argv, capsys)
+    assert code == 2
+    assert "frage" in error
+    assert "question_column" in error
+
+
+def test_a_model_folder_without_a_tokenizer_is_named(random_qwen, capsys, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((Path(random_qwen) / name).read_bytes())
+    code, error = exit_of(EvaluateConfig, evaluate, ["--model", str(tmp_path)], capsys)
+    assert code == 2
+    assert "tokenizer" in error
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
+    train_sft(quick_sft(tmp_path / "run", total_steps=2, eval_every=0))
+    changed = dataclasses.replace(quick_sft(tmp_path / "run", eval_every=0), learning_rate=1.0)
+    with pytest.raises(UserError, match="learning_rate: 0.005 -> 1.0"):
+        train_sft(changed)

@@ -1,0 +1,621 @@
+"""Reinforcement learning with verifiable rewards: GRPO and its relatives, one loop to be read from top to
+bottom.
+
+A step rolls out a group of completions for each prompt, scores them, compares each with its group, and moves
+the policy. Departures from DeepSeekMath's GRPO (arXiv 2402.03300): groups without a difference are left out
+of the update (their gradient is zero), and the KL's estimator is corrected so that its gradient is the KL's.
+
+    python train_grpo.py                                      # the built-in tiny model on the built-in sums,
+    on a laptop
+    accelerate launch train_grpo.py --config configs/gsm8k_qwen2.5_0.5b.yaml      # one GPU
+    accelerate launch --num_processes 4 train_grpo.py ...     # several
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+import rewards
+from batches import micro_batches, pad_batch
+from data import Problem, load_problems, take
+from exam import hold_shared_exam
+from inference import Completion, SamplingParams
+from inference.engine import TorchEngine
+from losses import group_advantages, kl_penalty, loss_weights, policy_loss
+from models import Policy, load_model, load_tokenizer, make_accelerator
+from optimizers import make_optimizer, make_scheduler
+from prompts import completion_prefix, encode_prompt, parse_completion, render_prompt
+from runs.config import at_the_door, parse_config, require, run_script
+from runs.folder import Run, open_run
+from runs.signals import stop_on_signal
+from train_sft import SFTConfig
+from train_sft import main as cold_start
+
+COLD_START = SFTConfig()
+
+# ------------------------------------------------------------------------------------------------------------
+# Configuration
+
+# An algorithm is a row: it fills the knobs that the user left unset. No other line knows the names.
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "baseline": "group",
+        "scale": "group",
+        "ratio_level": "token",
+        "surrogate": "clip",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "weighting": "sequence",
+        "kl_coef": 0.04,
+        "kl_estimator": "k3_corrected",
+        "updates_per_rollout": 1,
+        "epochs_per_rollout": 1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Every field is a flag of the same name; a knob that is None takes its value from the preset of
+    `algo`.
+    """
+
+    model: str = f"{COLD_START.output}/final"
+    """A model folder or a Hub name. The default is the cold start's result; where there is none yet, one is
+    run first.
+    """
+    data: str = "arithmetic"
+    """A built-in task (arithmetic, word_problems, countdown), gsm8k, math, openr1-math, a Hub name, a file or
+    a folder.
+    """
+    output: str = "outputs/grpo"
+    """The run's folder."""
+    seed: int = 0
+    """Of generated problems, of their order and of sampling."""
+
+    data_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a built-in task, such as '{high: 999}'."""
+    question_column: str | None = None
+    """The data's column with the question; guessed from the usual names if not given."""
+    answer_column: str | None = None
+    """The data's column with the answer; guessed from the usual names if not given."""
+    limit: int | None = None
+    """Train on at most this many problems."""
+    max_prompt_tokens: int = 1024
+    """Problems with a longer prompt are left out, and counted."""
+    system_prompt: str | None = None
+    """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
+
+    total_steps: int = 130
+    """Rollouts; each is followed by `updates_per_rollout` x `epochs_per_rollout` optimizer steps."""
+    prompts_per_step: int = 32
+    """Prompts in a rollout, over all processes."""
+    group_size: int = 8
+    """Completions a prompt."""
+    max_completion_tokens: int = 64
+    """Tokens a completion at most, the EOS included."""
+    temperature: float = 1.0
+    """Of sampling; the update scores under the same temperature."""
+    rewards: dict[str, float] = field(default_factory=lambda: dict(rewards.DEFAULT_REWARDS))
+    """Weight by name: built-in rewards, or file.py:function."""
+
+    algo: Literal["grpo"] = "grpo"
+    """The preset that fills the knobs below."""
+    baseline: Literal["group", "leave_one_out"] | None = None
+    """What a reward is compared with: its group's mean, or the mean of the others in it."""
+    scale: Literal["group", "batch", "none"] | None = None
+    """What the difference is divided by: the standard deviation of the group, of the batch, or nothing."""
+    ratio_level: Literal["token", "sequence"] | None = None
+    """One probability ratio a token, or one a completion."""
+    surrogate: Literal["clip", "cispo"] | None = None
+    """The clipped objective, or CISPO's capped weight on the log-probability."""
+    clip_low: float | None = None
+    """Ratios below 1 - clip_low stop pushing. With one update a rollout every ratio is 1 and clipping is
+    idle.
+    """
+    clip_high: float | None = None
+    """Ratios above 1 + clip_high stop pushing; with surrogate cispo the absolute cap."""
+    weighting: Literal["sequence", "token", "constant"] | None = None
+    """How tokens count: completions equally, tokens equally, or all by the constant 1 /
+    max_completion_tokens.
+    """
+    kl_coef: float | None = None
+    """Weight of the KL to the model that the run began with; 0 keeps no second model in memory."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"] | None = None
+    """How the KL is estimated from the sampled tokens."""
+    updates_per_rollout: int | None = None
+    """Minibatches that a rollout is split into, by prompts."""
+    epochs_per_rollout: int | None = None
+    """How often each minibatch is used."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices inside the layers."""
+    learning_rate: float = 3e-4
+    """The highest; 3e-4 suits the tiny model, 1e-6 a pretrained one."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = 5
+    """Optimizer steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Of matrices; norms and biases are left alone."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch_tokens: int = 16384
+    """Tokens (padding included) that go through the model at once: lower it when memory runs out; the
+    gradient stays.
+    """
+
+    eval_every: int = 20
+    """Steps between evaluations on the validation split; 0 for none."""
+    eval_limit: int = 200
+    """Validation problems in an evaluation."""
+    save_every: int = 40
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of them stay."""
+    resume: str = "auto"
+    """auto: go on if the run's folder has a checkpoint; never: start over; or a checkpoint's folder."""
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where metrics go besides `metrics.jsonl`."""
+
+    def __post_init__(self) -> None:
+        """Fill the preset in, then refuse what cannot train."""
+        for knob, value in PRESETS[self.algo].items():
+            if getattr(self, knob) is None:
+                object.__setattr__(self, knob, value)
+        require(self, "total_steps", "prompts_per_step", "group_size", "max_prompt_tokens", at_least=1)
+        require(self, "max_completion_tokens", "updates_per_rollout", "epochs_per_rollout", at_least=1)
+        require(self, "micro_batch_tokens", "eval_limit", "save_every", "keep_checkpoints", at_least=1)
+        require(self, "seed", "eval_every", "warmup_steps", "weight_decay", "kl_coef", "clip_low", at_least=0)
+        require(self, "learning_rate", "max_grad_norm", "temperature", "clip_high", above=0)
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size must be >= 2 with baseline={self.baseline!r}, got {self.group_size}: "
+                "a completion is compared with others of its prompt; give --group_size 8"
+            )
+        if self.ratio_level == "sequence" and self.weighting != "sequence":
+            raise ValueError(
+                f'ratio_level="sequence" needs weighting="sequence", got weighting={self.weighting!r}: '
+                "a completion that has one ratio counts as one"
+            )
+        check_share(self, processes=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The rollout
+
+
+@dataclass
+class RolloutBatch:
+    """One process' share of a rollout: B = prompts x group_size rows, a group's rows side by side, in prompt
+    order.
+    """
+
+    problems: list[Problem]  # of every row
+    texts: list[str]  # the completions, a prefilled <think> included
+    completions: list[Completion]
+    scores: rewards.Scores
+    lengths: list[tuple[int, int]]  # (prompt tokens, completion tokens) of every row
+    tensors: dict[str, Tensor]  # input_ids and attention_mask [B, P+T]; completion_mask, *_logprobs [B, T]
+    advantages: Tensor  # [B]
+
+    def select(self, rows: list[int], device: torch.device) -> dict[str, Tensor]:
+        """The tensors of some rows on a device, with the padding trimmed that these rows do not need."""
+        longest_prompt = max(prompt for prompt, _ in self.lengths)
+        first = longest_prompt - max(self.lengths[row][0] for row in rows)
+        length = max(self.lengths[row][1] for row in rows)
+        cut = {"input_ids": slice(first, longest_prompt + length)}
+        cut["attention_mask"] = cut["input_ids"]
+        return {
+            name: tensor[rows, cut.get(name, slice(length))].to(device)
+            for name, tensor in self.tensors.items()
+        }
+
+
+def roll_out(
+    engine: TorchEngine,
+    tokenizer: Any,
+    problems: list[Problem],
+    reward_set: rewards.RewardSet,
+    config: GRPOConfig,
+    step: int,
+    first_prompt: int,
+) -> RolloutBatch:
+    """Sample a group of completions for each problem and score them.
+
+    Args:
+        engine: samples with the policy as it is now.
+        tokenizer: of the policy.
+        problems: this process' share of the step's problems.
+        reward_set: scores whole groups.
+        config: of the run.
+        step: keys the random numbers, with the seed.
+        first_prompt: the number of the first problem among all processes'.
+    """
+    texts = [render_prompt(tokenizer, problem.question) for problem in problems]
+    prompt_ids = [encode_prompt(tokenizer, problem.question) for problem in problems]
+    params = SamplingParams(config.max_completion_tokens, config.temperature)
+    groups = engine.generate(prompt_ids, config.group_size, params, (config.seed, step), first_prompt)
+
+    def each(values: list[Any]) -> list[Any]:
+        return [value for value in values for _ in range(config.group_size)]
+
+    completions = [completion for group in groups for completion in group]
+    decoded = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+    decoded = [completion_prefix(prompt) + text for prompt, text in zip(each(texts), decoded, strict=True)]
+    columns = {name: each([p.columns.get(name) for p in problems]) for name in problems[0].columns}
+    scores = rewards.score(
+        reward_set,
+        decoded,
+        {
+            **columns,
+            "prompts": each(texts),
+            "completion_ids": [c.token_ids for c in completions],
+            "gold": each([p.gold for p in problems]),
+            "group_size": config.group_size,
+            "max_completion_tokens": config.max_completion_tokens,
+        },
+    )
+    tensors = pad_batch(each(prompt_ids), [c.token_ids for c in completions], tokenizer.pad_token_id)
+    tensors["sampling_logprobs"] = torch.zeros(tensors["completion_mask"].shape)
+    for row, completion in enumerate(completions):
+        tensors["sampling_logprobs"][row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
+    return RolloutBatch(
+        problems=each(problems),
+        texts=decoded,
+        completions=completions,
+        scores=scores,
+        lengths=[(len(p), len(c.token_ids)) for p, c in zip(each(prompt_ids), completions, strict=True)],
+        tensors=tensors,
+        advantages=group_advantages(
+            torch.tensor(scores.total), config.group_size, config.baseline, config.scale
+        ),
+    )
+
+
+@torch.no_grad()
+def score_rollout(
+    policy: Any, batch: RolloutBatch, accelerator: Accelerator, rows: range, config: GRPOConfig
+) -> Tensor:
+    """Log-probabilities `[B, T]` of the rollout's completions under a policy; zero in rows not asked for."""
+    logprobs = torch.zeros_like(batch.tensors["sampling_logprobs"])
+    policy.eval()
+    for chosen, scale, _ in micro_batches(
+        accelerator, policy, batch.lengths, rows, config.micro_batch_tokens
+    ):
+        if scale:
+            values, _ = policy(
+                **model_inputs(batch.select(chosen, accelerator.device)), temperature=config.temperature
+            )
+            logprobs[chosen, : values.shape[1]] = values.cpu()
+    return logprobs
+
+
+def model_inputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `Policy.forward` takes of a batch."""
+    return {name: tensors[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The update
+
+
+def minibatches(batch: RolloutBatch, config: GRPOConfig) -> Iterator[range]:
+    """Rows of each update: the rollout split by prompts, in order, and gone through `epochs_per_rollout`
+    times.
+    """
+    size = len(batch.texts) // config.updates_per_rollout
+    for _ in range(config.epochs_per_rollout):
+        for number in range(config.updates_per_rollout):
+            yield range(number * size, (number + 1) * size)
+
+
+def update(
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    accelerator: Accelerator,
+    batch: RolloutBatch,
+    rows: range,
+    config: GRPOConfig,
+) -> dict[str, float]:
+    """One optimizer step on a minibatch; the gradient depends neither on the micro-batches nor on the
+    processes.
+    """
+    mask = batch.tensors["completion_mask"][rows.start : rows.stop]
+    totals = accelerator.reduce(
+        torch.tensor([len(rows), int(mask.sum())], device=accelerator.device)
+    ).tolist()
+    # Fixed for the whole update before anything is split or left out.
+    weights = torch.zeros(batch.tensors["completion_mask"].shape)
+    weights[rows.start : rows.stop] = loss_weights(
+        mask, config.weighting, config.max_completion_tokens, *totals
+    )
+    # Without a KL, rows of zero advantage have zero gradient: they cost nothing.
+    learning = [row for row in rows if config.kl_coef or batch.advantages[row] != 0]
+    policy.train()
+    sums = dict.fromkeys(("tokens", "loss", "ratio_max"), 0.0)
+    for chosen, scale, context in micro_batches(
+        accelerator, policy, batch.lengths, learning, config.micro_batch_tokens
+    ):
+        tensors = batch.select(chosen, accelerator.device)
+        tensors["advantages"] = batch.advantages[chosen, None].to(accelerator.device)
+        tensors["weights"] = (
+            weights[chosen, : tensors["completion_mask"].shape[1]].to(accelerator.device) * scale
+        )
+        with context:
+            loss, stats = micro_loss(policy, tensors, config)
+            accelerator.backward(loss * accelerator.num_processes)
+        sums["loss"] += float(loss.detach())
+        sums["ratio_max"] = max(sums["ratio_max"], stats.pop("ratio_max"))
+        tokens = stats.pop("tokens") * scale
+        sums["tokens"] += tokens
+        for name, mean in stats.items():
+            sums[name] = sums.get(name, 0.0) + mean * tokens
+    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return {**sums, "grad_norm": float(grad_norm)}
+
+
+def micro_loss(
+    policy: Any, tensors: dict[str, Tensor], config: GRPOConfig
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a micro-batch, and what it tells: the number of tokens, means over them, the largest
+    ratio.
+    """
+    mask = tensors["completion_mask"]
+    logprobs, entropy = policy(**model_inputs(tensors), temperature=config.temperature)
+    # Where the sampler's arithmetic is not the trainer's, the trainer's own log-probabilities are the old
+    # ones.
+    old_logprobs = tensors.get("old_logprobs", logprobs.detach())
+    advantages = tensors["advantages"].expand_as(logprobs)
+    loss, stats = policy_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        tensors["weights"],
+        mask,
+        config.clip_low,
+        config.clip_high,
+        config.ratio_level,
+        config.surrogate,
+    )
+    gap = logprobs.detach() - tensors["sampling_logprobs"]
+    tells = {"entropy": entropy.detach(), "sampler_mismatch": gap.expm1() - gap}
+    if config.kl_coef:
+        kl = kl_penalty(logprobs, tensors["ref_logprobs"], old_logprobs, config.kl_estimator)
+        loss = loss + config.kl_coef * (tensors["weights"] * kl).sum()
+        tells["kl"] = kl.detach()
+    for name, values in tells.items():
+        stats[name] = torch.where(mask, values, 0).sum() / stats["tokens"]
+    return loss, {name: float(value) for name, value in stats.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Telling
+
+
+def measure(
+    batch: RolloutBatch, updates: list[dict[str, float]], config: GRPOConfig, accelerator: Accelerator
+) -> dict[str, float]:
+    """The step's metrics over all processes; shares are in [0, 1], `rewards/...` are unweighted means."""
+    groups = torch.tensor(batch.scores.total).view(-1, config.group_size)
+    facts = {
+        "rows": len(batch.texts),
+        "reward": sum(batch.scores.total),
+        "correct": sum(bool(c) for c in batch.scores.correct),
+        "undecided": sum(batch.scores.undecided),
+        "well_formed": sum(parse_completion(text).well_formed for text in batch.texts),
+        "tokens": sum(length for _, length in batch.lengths),
+        "truncated": sum(c.finish_reason == "length" for c in batch.completions),
+        "groups": len(groups),
+        "same": int((groups.amax(1) == groups.amin(1)).sum()),
+        "parts": {name: [v for v in part if v is not None] for name, part in batch.scores.parts.items()},
+        "updates": updates,
+    }
+    everyone = gather_object([facts])
+
+    def total(name: str) -> float:
+        return sum(facts[name] for facts in everyone)
+
+    metrics = {
+        "train/reward": total("reward") / total("rows"),
+        "train/accuracy": total("correct") / total("rows"),
+        "train/format_rate": total("well_formed") / total("rows"),
+        "rewards/undecided_fraction": total("undecided") / total("rows"),
+        "rollout/completion_tokens": total("tokens") / total("rows"),
+        "rollout/truncated_fraction": total("truncated") / total("rows"),
+        "rollout/zero_variance_groups": total("same") / total("groups"),
+    }
+    for name in batch.scores.parts:
+        values = [value for facts in everyone for value in facts["parts"][name]]
+        metrics[f"rewards/{name}"] = sum(values) / len(values) if values else 0.0
+    every = [update for facts in everyone for update in facts["updates"]]
+    metrics["policy/loss"] = sum(update["loss"] for update in every) / len(updates)
+    metrics["policy/grad_norm"] = max(update["grad_norm"] for update in every)
+    metrics["policy/ratio_max"] = max(update["ratio_max"] for update in every)
+    tokens = sum(update["tokens"] for update in every)
+    names = {"entropy", "approx_kl", "clip_fraction", "kl", "sampler_mismatch"} & every[0].keys()
+    for name in sorted(names):
+        key = "rollout/sampler_mismatch_kl" if name == "sampler_mismatch" else f"policy/{name}"
+        metrics[key] = sum(update[name] for update in every) / tokens if tokens else 0.0
+    return metrics
+
+
+def rollout_rows(
+    batch: RolloutBatch, step: int, first_prompt: int, config: GRPOConfig
+) -> list[dict[str, Any]]:
+    """The lines of `rollouts.jsonl`: every completion, with what it earned and why."""
+    return [
+        {
+            "step": step,
+            "group": first_prompt + row // config.group_size,
+            "question": batch.problems[row].question,
+            "gold": batch.problems[row].gold,
+            "completion": batch.texts[row],
+            "reward": batch.scores.total[row],
+            "rewards": {name: part[row] for name, part in batch.scores.parts.items()},
+            "correct": batch.scores.correct[row],
+            "extracted": batch.scores.extracted[row],
+            "advantage": float(batch.advantages[row]),
+            "tokens": batch.lengths[row][1],
+            "finish_reason": batch.completions[row].finish_reason,
+        }
+        for row in range(len(batch.texts))
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def load_training_problems(config: GRPOConfig, tokenizer: Any, gold: bool) -> tuple[list[Problem], str]:
+    """The problems whose prompt fits, and a sentence that counts the others.
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
+    problems = load_problems(
+        config.data, "train", limit=config.limit, require_gold=gold, **data_arguments(config)
+    )
+    kept = [p for p in problems if len(encode_prompt(tokenizer, p.question)) <= config.max_prompt_tokens]
+    left_out = len(problems) - len(kept)
+    told = f"{len(problems)} problems" + (f", {left_out} left out over max_prompt_tokens" if left_out else "")
+    if not kept:
+        raise ValueError(
+            f"data {config.data!r} leaves nothing to train on: {told}; raise --max_prompt_tokens"
+        )
+    return kept, told
+
+
+def load_rewards(config: GRPOConfig) -> rewards.RewardSet:
+    """The chosen rewards.
+
+    Raises:
+        ValueError: an unknown one, or one that needs a model beside the policy.
+    """
+    reward_set = rewards.parse_rewards(config.rewards)
+    if reward_set.slots:
+        name = reward_set.slots[0].name
+        raise ValueError(f"rewards: {name!r} needs a reward model, not built yet; use file.py:function")
+    return reward_set
+
+
+def check_share(config: GRPOConfig, processes: int) -> None:
+    """Refuse a rollout that does not split evenly over processes and minibatches."""
+    if config.prompts_per_step % (processes * config.updates_per_rollout):
+        raise ValueError(
+            f"prompts_per_step must be a multiple of {processes} processes x "
+            f"updates_per_rollout={config.updates_per_rollout}, got {config.prompts_per_step}"
+        )
+
+
+def data_arguments(config: GRPOConfig) -> dict[str, Any]:
+    """What `load_problems` is given for every split."""
+    columns = {"question_column": config.question_column, "answer_column": config.answer_column}
+    return {"seed": config.seed, "options": config.data_options, **columns}
+
+
+def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int:
+    """Run the cold start if the default model is asked for and not there yet. Returns the exit code."""
+    if config.model != GRPOConfig.model or (Path(config.model) / "config.json").is_file():
+        return 0
+    accelerator.print(f"{config.model} is not there yet: running the cold start first (python train_sft.py)")
+    code = cold_start(SFTConfig(seed=config.seed), accelerator)
+    accelerator.free_memory()
+    return code
+
+
+def main(config: GRPOConfig) -> int:
+    """Train; returns the exit code."""
+    with at_the_door():
+        accelerator = make_accelerator(config.tracker, config.output)
+    if code := ensure_cold_start(config, accelerator):
+        return code
+    with at_the_door():
+        check_share(config, accelerator.num_processes)
+        start = open_run(config)
+        if start.is_finished:
+            accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
+            return 0
+        reward_set = load_rewards(config)
+        source = str(start.checkpoint or config.model)
+        tokenizer = load_tokenizer(source, config.system_prompt)
+        problems, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
+        held_out = (
+            load_problems(config.data, "validation", **data_arguments(config)) if config.eval_every else []
+        )
+        model = load_model(source, config.seed)
+        reference = Policy(load_model(config.model)).requires_grad_(False) if config.kl_coef else None
+
+    policy = Policy(model)
+    optimizer = make_optimizer(policy, config.optimizer, config.learning_rate, config.weight_decay)
+    optimizer_steps = config.total_steps * config.updates_per_rollout * config.epochs_per_rollout
+    scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, optimizer_steps)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    reference = reference and reference.to(accelerator.device)
+    engine = TorchEngine(model, tokenizer)
+    run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
+    run.log.say(f"{config.algo} from {config.model} on {config.data}: {told}")
+
+    share = config.prompts_per_step // accelerator.num_processes
+    first_prompt = accelerator.process_index * share
+    greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
+    # Only where sampler and trainer compute alike are the sampled log-probabilities the policy's own.
+    sampler_is_exact = accelerator.mixed_precision == "no"
+
+    def evaluate() -> None:
+        figures = hold_shared_exam(accelerator, engine, tokenizer, held_out[: config.eval_limit], greedy)
+        run.evaluated("validation", figures)
+
+    with stop_on_signal() as stop:
+        if run.step == 0 and config.eval_every:
+            evaluate()
+        while run.step < config.total_steps and not stop.signal:
+            began = time.perf_counter()
+            # 1. Roll out: a group of completions for each prompt, from the policy as it is now, scored.
+            drawn = take(problems, config.seed, run.step * config.prompts_per_step + first_prompt, share)
+            with accelerator.autocast():
+                batch = roll_out(engine, tokenizer, drawn, reward_set, config, run.step, first_prompt)
+            rolled_out = time.perf_counter()
+
+            # 2. The log-probabilities that the update compares with.
+            rows = range(len(batch.texts))
+            if sampler_is_exact:
+                batch.tensors["old_logprobs"] = batch.tensors["sampling_logprobs"]
+            elif config.updates_per_rollout * config.epochs_per_rollout > 1:
+                batch.tensors["old_logprobs"] = score_rollout(policy, batch, accelerator, rows, config)
+            if reference:
+                batch.tensors["ref_logprobs"] = score_rollout(reference, batch, accelerator, rows, config)
+
+            # 3. Learn.
+            updates = [
+                update(policy, optimizer, scheduler, accelerator, batch, minibatch, config)
+                for minibatch in minibatches(batch, config)
+            ]
+
+            # 4. Tell and keep.
+            run.step += 1
+            metrics = measure(batch, updates, config, accelerator)
+            times = {"time/generate_s": rolled_out - began, "time/update_s": time.perf_counter() - rolled_out}
+            run.log.step(run.step, {**metrics, **times, "policy/learning_rate": scheduler.get_last_lr()[0]})
+            run.log.rollouts(gather_object(rollout_rows(batch, run.step, first_prompt, config)))
+            is_last = run.step == config.total_steps
+            if config.eval_every and (run.step % config.eval_every == 0 or is_last):
+                evaluate()
+            if run.step % config.save_every == 0 or is_last or stop.signal:
+                run.checkpoint()
+    return run.finish(stop)
+
+
+if __name__ == "__main__":
+    run_script(main, lambda: parse_config(GRPOConfig))

@@ -1,0 +1,243 @@
+"""Supervised fine-tuning: the cold start that shows a model the form of thinking before it answers.
+
+Cross entropy on completions only: the prompt is read, never imitated, and the end-of-sequence token counts.
+The loss is the mean over all completion tokens of a step, whatever the micro-batches and the number of
+processes.
+
+    python train_sft.py                                     # the built-in tiny model on the built-in sums, on
+    a laptop
+    accelerate launch train_sft.py --model Qwen/Qwen2.5-0.5B --data gsm8k --learning_rate 1e-5      # one GPU
+    accelerate launch --num_processes 4 train_sft.py ...    # several
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+
+from batches import micro_batches, pad_batch
+from data import Problem, load_problems, take
+from exam import hold_shared_exam
+from inference import SamplingParams
+from inference.engine import TorchEngine
+from losses import loss_weights
+from models import TINY, Policy, load_model, load_tokenizer, make_accelerator
+from optimizers import make_optimizer, make_scheduler
+from prompts import encode_prompt
+from runs.config import at_the_door, parse_config, require, run_script
+from runs.folder import Run, open_run
+from runs.signals import stop_on_signal
+
+# ------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Every field is a flag of the same name."""
+
+    model: str = TINY
+    """`tiny` (the built-in model, fresh weights), a model folder, or a name on the Hugging Face Hub."""
+    data: str = "arithmetic"
+    """A built-in task (arithmetic, word_problems, countdown), gsm8k, math, openr1-math, a Hub name, a file or
+    a folder.
+    """
+    output: str = "outputs/sft"
+    """The run's folder."""
+    seed: int = 0
+    """Of fresh weights, of generated problems and of their order."""
+
+    data_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a built-in task, such as '{high: 999, slip_rate: 0}'."""
+    question_column: str | None = None
+    """The data's column with the question; guessed from the usual names if not given."""
+    answer_column: str | None = None
+    """The data's column with the answer; guessed from the usual names if not given."""
+    limit: int | None = None
+    """Train on at most this many problems."""
+    max_prompt_tokens: int = 1024
+    """Examples with a longer prompt are left out, and counted."""
+    max_completion_tokens: int = 1024
+    """Examples with a longer completion are left out, and counted: a cut one would teach not to finish."""
+    system_prompt: str | None = None
+    """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
+
+    total_steps: int = 800
+    """Optimizer steps."""
+    examples_per_step: int = 64
+    """Examples in a step, over all processes."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon learns a model from nothing in far fewer steps; adamw suits a pretrained one."""
+    learning_rate: float = 5e-3
+    """The highest; 5e-3 suits the tiny model, 1e-5 a pretrained one."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = 50
+    """Steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """Of matrices; norms and biases are left alone."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch_tokens: int = 16384
+    """Tokens (padding included) that go through the model at once: lower it when memory runs out; the
+    gradient stays.
+    """
+
+    eval_every: int = 200
+    """Steps between evaluations on the validation split; 0 for none."""
+    eval_limit: int = 200
+    """Validation problems in an evaluation."""
+    save_every: int = 400
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of them stay."""
+    resume: str = "auto"
+    """auto: go on if the run's folder has a checkpoint; never: start over; or a checkpoint's folder."""
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where metrics go besides `metrics.jsonl`."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot train."""
+        require(
+            self, "total_steps", "examples_per_step", "max_prompt_tokens", "max_completion_tokens", at_least=1
+        )
+        require(self, "micro_batch_tokens", "eval_limit", "save_every", "keep_checkpoints", at_least=1)
+        require(self, "seed", "eval_every", "warmup_steps", "weight_decay", at_least=0)
+        require(self, "learning_rate", "max_grad_norm", above=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example in tokens; the completion ends with the EOS."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+def encode_examples(problems: list[Problem], tokenizer: Any, config: SFTConfig) -> tuple[list[Example], str]:
+    """Tokenize the worked examples.
+
+    Returns:
+        The examples that fit, and a sentence that counts what was left out and why.
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
+    examples, unworked, overlong = [], 0, 0
+    for problem in problems:
+        if problem.completion is None:
+            unworked += 1
+            continue
+        prompt_ids = encode_prompt(tokenizer, problem.question)
+        completion_ids = tokenizer.encode(problem.completion, add_special_tokens=False) + [
+            tokenizer.eos_token_id
+        ]
+        if len(prompt_ids) > config.max_prompt_tokens or len(completion_ids) > config.max_completion_tokens:
+            overlong += 1
+            continue
+        examples.append(Example(prompt_ids, completion_ids))
+    told = f"{len(problems)} problems, {len(examples)} worked examples"
+    told += f", {unworked} left out without a worked completion" if unworked else ""
+    told += f", {overlong} left out over max_prompt_tokens or max_completion_tokens" if overlong else ""
+    if not examples:
+        raise ValueError(f"data {config.data!r} leaves nothing to train on: {told}")
+    return examples, told
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
+    """Train; returns the exit code. `train_grpo` hands in its own Accelerator for the automatic cold
+    start.
+    """
+    with at_the_door():
+        accelerator = accelerator or make_accelerator(config.tracker, config.output)
+        start = open_run(config)
+        if start.is_finished:
+            accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
+            return 0
+        source = str(start.checkpoint or config.model)
+        tokenizer = load_tokenizer(source, config.system_prompt)
+        load = {"question_column": config.question_column, "answer_column": config.answer_column}
+        load |= {"seed": config.seed, "options": config.data_options}
+        problems = load_problems(config.data, "cold_start", limit=config.limit, **load)
+        examples, told = encode_examples(problems, tokenizer, config)
+        held_out = (
+            load_problems(config.data, "validation", **load)[: config.eval_limit] if config.eval_every else []
+        )
+        model = load_model(source, config.seed)
+
+    policy = Policy(model)
+    optimizer = make_optimizer(policy, config.optimizer, config.learning_rate, config.weight_decay)
+    scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, config.total_steps)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    engine = TorchEngine(model, tokenizer)
+    run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
+    run.log.say(f"cold start of {config.model} on {config.data}: {told}")
+    greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
+
+    with stop_on_signal() as stop:
+        while run.step < config.total_steps and not stop.signal:
+            began = time.perf_counter()
+            drawn = take(examples, config.seed, run.step * config.examples_per_step, config.examples_per_step)
+            metrics = update(policy, optimizer, scheduler, accelerator, drawn, tokenizer.pad_token_id, config)
+            run.step += 1
+            run.log.step(run.step, {**metrics, "time/update_s": time.perf_counter() - began})
+            is_last = run.step == config.total_steps
+            if config.eval_every and (run.step % config.eval_every == 0 or is_last):
+                run.evaluated(
+                    "validation", hold_shared_exam(accelerator, engine, tokenizer, held_out, greedy)
+                )
+            if run.step % config.save_every == 0 or is_last or stop.signal:
+                run.checkpoint()
+    return run.finish(stop)
+
+
+def update(
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    accelerator: Accelerator,
+    examples: list[Example],
+    pad_token_id: int,
+    config: SFTConfig,
+) -> dict[str, float]:
+    """One optimizer step on this step's examples, of which every process takes its share."""
+    total_tokens = sum(len(example.completion_ids) for example in examples)
+    share = examples[accelerator.process_index :: accelerator.num_processes]
+    lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in share]
+    policy.train()
+    loss_sum = torch.zeros((), device=accelerator.device)
+    budget = config.micro_batch_tokens
+    for rows, scale, context in micro_batches(accelerator, policy, lengths, range(len(share)), budget):
+        batch = pad_batch(
+            [share[i].prompt_ids for i in rows], [share[i].completion_ids for i in rows], pad_token_id
+        )
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        weights = loss_weights(batch["completion_mask"], "token", total_tokens=total_tokens) * scale
+        with context:
+            logprobs, _ = policy(**batch)
+            loss = -(weights * logprobs).sum()
+            accelerator.backward(loss * accelerator.num_processes)
+        loss_sum += loss.detach()
+    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return {
+        "policy/loss": float(accelerator.reduce(loss_sum)),
+        "policy/grad_norm": float(grad_norm),
+        "policy/learning_rate": scheduler.get_last_lr()[0],
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, lambda: parse_config(SFTConfig))
