@@ -1,0 +1,322 @@
+"""Talk to a model: the terminal chat, and the model that it shares with the page (app.py).
+
+    python -m inference.chat --model outputs/grpo/final
+    python -m inference.chat --model outputs/grpo/final --question "12 + 34 + 56 = ?"
+
+Torch is imported only when a model is loaded.
+"""
+
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import Any, TextIO
+
+import prompts
+from inference import Engine, SamplingParams
+from inference.reading import CompletionReader, Reading
+
+# People see no more: a reading joins the whole text, and is made at most this often.
+READINGS_PER_SECOND = 20
+
+# A model this small has learned single problems and nothing of conversations (the built-in one has 0.44 M).
+SINGLE_QUESTION_PARAMETERS = 10_000_000
+
+# ------------------------------------------------------------------------------------------------------------
+# A model to talk to
+
+
+class InTurn:
+    """A lock that lets threads in as they came, so that every stream gets its share of the engine."""
+
+    def __init__(self) -> None:
+        """Start with nobody inside."""
+        self._changed = threading.Condition()
+        self._next_ticket = 0
+        self._now_serving = 0
+
+    def __enter__(self) -> None:
+        """Wait for one's turn."""
+        with self._changed:
+            ticket = self._next_ticket
+            self._next_ticket += 1
+            self._changed.wait_for(lambda: self._now_serving == ticket)
+
+    def __exit__(self, *exception: object) -> None:
+        """Let the next one in."""
+        with self._changed:
+            self._now_serving += 1
+            self._changed.notify_all()
+
+
+class TooLongError(ValueError):
+    """The conversation does not fit into the model's context; the message is for the person who asked."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and what became of it; `reading` is None before the first token."""
+
+    question: str
+    reading: Reading | None = None
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """An engine with what a chat needs to know of its model.
+
+    Attributes:
+        name: folder or Hub name, for people.
+        context_tokens: tokens of prompt and completion together at most; None where the model does not say.
+        single_question: the model knows single questions only; what was said before would confuse it.
+    """
+
+    name: str
+    engine: Engine
+    tokenizer: Any
+    context_tokens: int | None = None
+    single_question: bool = False
+
+    def messages(self, turns: Sequence[Turn]) -> list[prompts.Message]:
+        """What is sent: questions and answers, no thoughts; earlier turns without an answer are left out."""
+        *earlier, last = turns
+        messages: list[prompts.Message] = []
+        for turn in [] if self.single_question else earlier:
+            answer = prompts.parse_completion(turn.reading.text).answer_text.strip() if turn.reading else ""
+            if answer:
+                messages.append({"role": "user", "content": turn.question})
+                messages.append({"role": "assistant", "content": answer})
+        return [*messages, {"role": "user", "content": last.question}]
+
+    def stream(
+        self,
+        turns: Sequence[Turn],
+        params: SamplingParams,
+        seed: Sequence[int],
+        step: AbstractContextManager = nullcontext(),  # noqa: B008 - stateless, so one for all calls is fine
+    ) -> Iterator[Reading]:
+        """Answer the last of `turns`, a reading at a time; closing the iterator stops the computation.
+
+        Args:
+            turns: the conversation; the last one is asked.
+            params: `max_completion_tokens` is lowered to what the context has room for.
+            seed: same seed, same answer.
+            step: entered around the computation of every token, so that several streams can share one engine.
+
+        Raises:
+            TooLongError: the conversation does not fit into the model's context.
+        """
+        prompt = prompts.render_prompt(self.tokenizer, self.messages(turns))
+        prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        params = self._fitted(params, len(prompt_ids))
+        reader = CompletionReader(self.tokenizer, prompts.completion_prefix(prompt))
+        shown_at = -1.0
+        with closing(self.engine.stream(prompt_ids, params, seed)) as tokens:
+            while True:
+                with step:
+                    token = next(tokens)
+                reader.push(token.token_id)
+                if token.finish_reason:
+                    reader.finish(token.finish_reason)
+                    yield reader.reading()
+                    return
+                if time.monotonic() - shown_at >= 1 / READINGS_PER_SECOND:
+                    yield reader.reading()
+                    shown_at = time.monotonic()
+
+    def _fitted(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
+        if self.context_tokens is None:
+            return params
+        room = self.context_tokens - prompt_tokens
+        if room < 1:
+            raise TooLongError(
+                f"the conversation has {prompt_tokens} tokens and the model reads at most "
+                f"{self.context_tokens}: clear the chat or ask something shorter"
+            )
+        return replace(params, max_completion_tokens=min(params.max_completion_tokens, room))
+
+
+def load_chat_model(name: str, system_prompt: str | None = None) -> ChatModel:
+    """Load a model folder or Hub name for chatting, onto the accelerator where there is one.
+
+    Args:
+        name: see `models.load_model`.
+        system_prompt: see `prompts.prepare_tokenizer`.
+    """
+    import torch
+
+    import models
+    from inference.engine import TorchEngine
+
+    tokenizer = models.load_tokenizer(name, system_prompt)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = models.load_model(name, device=device)
+    if device.type == "cuda":
+        model = model.to(torch.bfloat16)
+    return ChatModel(
+        name=name,
+        engine=TorchEngine(model, tokenizer),
+        tokenizer=tokenizer,
+        context_tokens=getattr(model.config, "max_position_embeddings", None),
+        single_question=model.num_parameters() < SINGLE_QUESTION_PARAMETERS,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The terminal
+
+HELP = "/retry answers again, /clear starts over, /quit leaves; Ctrl-C stops an answer"
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Chat with a model in the terminal.
+
+    Attributes:
+        model: model folder, or a name on the Hugging Face Hub.
+        system_prompt: replaces the one saved with the model; the empty text takes it away.
+        temperature: 0 takes the likeliest token; higher is more varied.
+        top_p: draw from the likeliest tokens that together reach this probability; 1 keeps all.
+        max_completion_tokens: longest completion, thought included.
+        seed: same seed, same answers.
+        question: answer this and exit.
+    """
+
+    model: str
+    system_prompt: str | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_completion_tokens: int = 512
+    seed: int = 0
+    question: str | None = None
+
+
+class Transcript:
+    """Writes a completion as it grows: the thought dimmed where a person looks on, plain in a pipe."""
+
+    # What a model writes must not steer the terminal.
+    _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+    def __init__(self, out: TextIO) -> None:
+        """Write to `out`."""
+        self._out = out
+        self._is_terminal = out.isatty()
+        self._thought = self._answer = ""
+
+    def show(self, reading: Reading) -> None:
+        """Write what is new since the last reading."""
+        thought, answer = (reading.thought or "").lstrip(), reading.answer.strip()
+        if not answer.startswith(self._answer):
+            # What was written was a thought whose opening tag got lost; or a second thought has begun.
+            if not self._thought and thought.startswith(self._answer):
+                self._thought = self._answer
+            else:
+                self._write("\n\n")
+            self._answer = ""
+        self._write(thought[len(self._thought) :], is_dim=True)
+        if answer and not self._answer and thought:
+            self._write("\n\n")
+        self._write(answer[len(self._answer) :])
+        self._thought, self._answer = thought, answer
+
+    def end(self, note: str) -> None:
+        """End the completion; `note` goes to a person only."""
+        self._write("\n")
+        if self._is_terminal:
+            self._write(f"[{note}]\n\n", is_dim=True)
+
+    def _write(self, text: str, is_dim: bool = False) -> None:
+        text = self._CONTROL.sub("", text)
+        if is_dim and text and self._is_terminal:
+            text = f"\x1b[2m{text}\x1b[0m"
+        self._out.write(text)
+        self._out.flush()
+
+
+def answer_turn(
+    model: ChatModel, turns: Sequence[Turn], params: SamplingParams, seed: Sequence[int], out: TextIO
+) -> Turn:
+    """Answer the last of `turns` on `out`, and return it with its reading; Ctrl-C ends the answer early."""
+    transcript = Transcript(out)
+    reading, note = None, "stopped"
+    try:
+        with closing(model.stream(turns, params, seed)) as readings:
+            for reading in readings:
+                transcript.show(reading)
+        note = describe(reading)
+    except KeyboardInterrupt:
+        pass
+    transcript.end(note)
+    return Turn(turns[-1].question, reading)
+
+
+def describe(reading: Reading) -> str:
+    """How long a completion is and how fast it came; and that it was cut, where it was."""
+    speed = f" · {reading.tokens_per_second:.0f} tokens/s" if reading.tokens_per_second else ""
+    cut = " · cut at the limit" if reading.finish_reason == "length" else ""
+    return f"{reading.tokens} tokens{speed}{cut}"
+
+
+def converse(model: ChatModel, config: ChatConfig, params: SamplingParams, out: TextIO) -> None:
+    """Ask and answer until /quit or the end of the input."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401 - its import gives `input` a history and editing keys
+        print(f"{model.name}: {HELP}\n", file=out)
+    turns: list[Turn] = []
+    attempt = 0
+    while (line := read_line(out)) not in (None, "/quit"):
+        if line == "/clear":
+            turns = []
+            continue
+        if line == "/retry" and turns:
+            attempt += 1
+            if config.temperature == 0:
+                print("The temperature is 0, so the answer will be the same.", file=out)
+        elif line and not line.startswith("/"):
+            attempt = 0
+            turns.append(Turn(line))
+        else:
+            print(HELP, file=out)
+            continue
+        try:
+            turns[-1] = answer_turn(model, turns, params, (config.seed, attempt), out)
+        except TooLongError as error:
+            print(error, file=out)
+            turns.pop()
+
+
+def read_line(out: TextIO) -> str | None:
+    """The next line that is typed; None at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print(file=out)
+        return ""
+
+
+def main(config: ChatConfig) -> None:
+    """Load the model, then answer one question or chat."""
+    params = SamplingParams(
+        max_completion_tokens=config.max_completion_tokens, temperature=config.temperature, top_p=config.top_p
+    )
+    model = load_chat_model(config.model, config.system_prompt)
+    if config.question is None:
+        converse(model, config, params, sys.stdout)
+    else:
+        answer_turn(model, [Turn(config.question)], params, (config.seed, 0), sys.stdout)
+
+
+if __name__ == "__main__":
+    import jsonargparse
+
+    try:
+        main(jsonargparse.auto_cli(ChatConfig, as_positional=False))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

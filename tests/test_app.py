@@ -1,0 +1,618 @@
+import os
+import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import pytest
+
+gr = pytest.importorskip("gradio", reason="the page needs gradio")
+
+from scripted import ByteTokenizer, scripted_model  # noqa: E402
+
+import app  # noqa: E402 - after the check for gradio
+from inference import SamplingParams  # noqa: E402
+from inference.chat import InTurn, Turn, load_chat_model  # noqa: E402
+from inference.markdown import as_markdown  # noqa: E402
+from runs.config import UserError  # noqa: E402
+
+CHROMIUM = "/usr/bin/chromium"
+CHROMIUM_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore:::gradio")
+
+# ------------------------------------------------------------------------------------------------------------
+# Without a browser
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1 < 2 and x<y", "1 < 2 and x&lt;y"),
+        ("<img src=x onerror=y>", "&lt;img src=x onerror=y>"),
+        ("</p><!-- c --><?x", "&lt;/p>&lt;!-- c -->&lt;?x"),
+        ("![a](http://b/c.png)", "&#33;[a](http://b/c.png)"),
+        (r"\<b> \![a](b)", r"\&lt;b> \&#33;[a](b)"),
+        ("`<b>` and ``a ` <i>``", "`<b>` and ``a ` <i>``"),
+        ("```html\n<b>![x](y)\n```\n<i>", "```html\n<b>![x](y)\n```\n&lt;i>"),
+        ("```html\n<b> never closed", "```html\n<b> never closed"),
+        ("```mermaid\ngraph\n```", "```text\ngraph\n```"),
+        ("- ```mermaid\n  a mermaid\n  ```", "- ```text\n  a mermaid\n  ```"),
+        ("unpaired ` and <b>", "unpaired ` and &lt;b>"),
+        ("$a<b$ and $$a<b$$", r"\(a< b\) and $$a< b$$"),
+        (r"\(a<b\) \[a<b\]", r"\(a< b\) \[a< b\]"),
+        ("from $5 to $6, or US$7", "from $5 to $6, or US$7"),
+        ("$x$-axis, $ 5 $, $5$6", r"\(x\)-axis, $ 5 $, $5$6"),
+    ],
+)
+def test_model_text_becomes_markdown_without_html(text, expected):
+    assert as_markdown(text) == expected
+
+
+def test_a_lock_in_turn_lets_threads_in_as_they_came():
+    lock, order = InTurn(), []
+
+    def worker(name):
+        for _ in range(20):
+            with lock:
+                order.append(name)
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=worker, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    both = order[order.index("b") :][:20]
+    assert both.count("a") >= 8, order
+
+
+def test_a_password_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("PONDER_AUTH", "ann:s:cret")
+    assert app.read_auth("PONDER_AUTH") == ("ann", "s:cret")
+    assert app.read_auth(None) is None
+    monkeypatch.setenv("PONDER_AUTH", "nocolon")
+    with pytest.raises(ValueError, match=r"auth_env.*user:password"):
+        app.read_auth("PONDER_AUTH")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"), [({"max_completion_tokens": 0}, "max_completion_tokens"), ({"port": -1}, "port")]
+)
+def test_a_configuration_that_cannot_work_is_refused(wrong, field):
+    with pytest.raises(ValueError, match=field):
+        app.AppConfig(model="tiny", **wrong)
+
+
+def test_the_page_defaults_to_this_machine():
+    assert app.AppConfig(model="tiny").host == "127.0.0.1"
+
+
+def test_a_stopped_question_says_so_and_is_no_longer_being_answered():
+    conversation = app.Conversation([Turn("q")])
+    assert conversation.is_answering
+    conversation.turns[-1] = app.cancelled(conversation.turns[-1], ByteTokenizer())
+    assert not conversation.is_answering
+    messages = [message for _, message in app.chat_messages(conversation.turns)]
+    assert messages[-1].content[0]["text"] == "*Stopped.*"
+
+
+@pytest.mark.parametrize(
+    ("reply", "limit", "texts"),
+    [
+        ("<think>a</think>", 100, ["a", "*The model ended without an answer.*"]),
+        ("<think>abc", 9, ["ab", "*No answer within 9 tokens. The settings may allow more.*"]),
+        ("plain", 100, ["plain"]),
+        ("<think> </think>  code:\n    x", 100, ["code:\n    x"]),
+    ],
+)
+def test_what_a_finished_completion_shows(reply, limit, texts):
+    readings = list(scripted_model(reply).stream([Turn("q")], SamplingParams(limit), (0,)))
+    messages = app.chat_messages([Turn("q", readings[-1])])
+    assert [message.content[0]["text"] for _, message in messages] == ["q", *texts]
+
+
+def test_a_conversation_that_outgrows_the_model_is_told_and_left_as_it_was():
+    page = app.ChatPage(scripted_model("x", context_tokens=60), app.AppConfig(model="scripted"))
+    conversation = app.Conversation()
+    conversation.ask("y" * 100)
+    with pytest.raises(gr.Error, match="at most 60"):
+        list(page.answer(conversation, 0.0, 1.0, 10, 0))
+    assert conversation.turns == []
+
+
+def test_programs_get_no_more_tokens_than_the_page_allows():
+    page = app.ChatPage(scripted_model("y" * 100), app.AppConfig(model="scripted", max_completion_tokens=20))
+    *_, last = page.answer_once("q", max_completion_tokens=10_000)
+    assert (last["tokens"], last["finish_reason"]) == (20, "length")
+    for wrong in ({"top_p": 7.0}, {"seed": -1}, {"max_completion_tokens": 0}):
+        with pytest.raises(gr.Error, match=next(iter(wrong))):
+            next(page.answer_once("q", **wrong))
+
+
+def test_hostile_text_is_made_safe_in_bounded_time():
+    for text in (r"\(" * 5000, "$$" * 5001, "$a " * 5000, "` `` " * 3000, "<" * 20_000, "```\n" * 4001):
+        started = time.monotonic()
+        as_markdown(text)
+        assert time.monotonic() - started < 1.0, text[:9]
+
+
+def test_the_built_in_model_answers_through_the_page():
+    pytest.importorskip("torch")
+    model = load_chat_model("tiny")
+    assert model.single_question
+    page = app.ChatPage(model, app.AppConfig(model="tiny"))
+    *_, last = page.answer_once("1 + 2 = ?", temperature=1.0, max_completion_tokens=20)
+    assert last["finish_reason"] in ("stop", "length")
+    assert 1 <= last["tokens"] <= 20
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In a browser
+
+HOSTILE = """<script>window.hacked = 1</script>
+<img src=x onerror="window.hacked = 2">
+<img src=http://198.51.100.7/a.png>
+<iframe srcdoc="<script>parent.hacked = 3</script>"></iframe>
+<svg onload="window.hacked = 4"></svg>
+![picture](http://198.51.100.7/b.png)
+![by reference][r]
+[a link](javascript:window.hacked=5) [another](data:text/html,<script>window.hacked=6</script>)
+<a href="javascript:window.hacked=7">raw</a> <div style="background:url(http://198.51.100.7/c.png)">styled</div>
+$<img src=x onerror=window.hacked=8>$ \\(\\href{javascript:window.hacked=9}{x}\\)
+\\(\\includegraphics{http://198.51.100.7/d.png}\\)
+
+`\\(` <img src=http://198.51.100.7/e.png> `\\)`
+
+```mermaid
+graph TD
+A["<img src=http://198.51.100.7/f.png onerror=window.hacked=10>"]
+```
+
+[r]: http://198.51.100.7/g.png
+last line"""
+
+MATHS = r"""Inline $x^2$ and \(y^2\), displayed
+
+$$z^2$$
+
+\[w^2\]
+
+for $5 or $6.
+"""
+
+
+def reply(prompt):
+    question = re.findall(r"\[user\] (.*)", prompt)[-1]
+    if question.startswith(("long", "fairly long")):
+        repeats = 1000 if question.startswith("long") else 250
+        return "<think>" + "and on " * repeats + f"</think>{question} done"
+    if question == "hostile":
+        return f"<think>{HOSTILE}</think>{HOSTILE}"
+    if question == "maths":
+        return MATHS
+    return f"<think>Let me see: é 🧮, hm.</think><answer>heard: {question}</answer>"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def outside():
+    """Addresses outside this machine that the server's process tried to reach."""
+    reached = []
+    connect = socket.socket.connect
+
+    def recording_connect(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            reached.append(address)
+        return connect(self, address)
+
+    socket.socket.connect = recording_connect
+    yield reached
+    socket.socket.connect = connect
+
+
+@pytest.fixture(scope="module")
+def model():
+    return scripted_model(reply, seconds_per_token=0.002)
+
+
+@pytest.fixture(scope="module")
+def server(outside, model):
+    config = app.AppConfig(model="scripted", port=free_port(), max_completion_tokens=9000)
+    page = app.build_page(model, config)
+    yield app.launch(page, config, auth=None).rstrip("/")
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"the browser tests need {CHROMIUM} (apt-get install chromium)")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """A browser window on the page, and what a person does in it."""
+
+    def __init__(self, browser, server):
+        self.context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(10_000)
+        self.requests, self.dialogs = [], []
+        self.context.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
+        self.page.goto(server)
+        self.box = self.page.locator("#question textarea")
+        self.box.wait_for()
+
+    def ask(self, question):
+        self.box.fill(question)
+        self.box.press("Enter")
+
+    def see(self, text, count=1):
+        """Wait until the chat shows `text`."""
+        self.page.locator("#chat").get_by_text(text).nth(count - 1).wait_for()
+
+    def settled(self):
+        """Wait until no answer is being written."""
+        self.page.locator("#question .submit-button").wait_for(timeout=60_000)
+
+    def press(self, label, which=0):
+        self.page.get_by_label(label, exact=True).nth(which).click()
+
+    def answer(self, which=-1):
+        return self.page.locator("#chat [data-testid=bot]").nth(which).inner_text().strip()
+
+    def questions(self):
+        return [text.strip() for text in self.page.locator("#chat [data-testid=user]").all_inner_texts()]
+
+    def close(self):
+        self.context.close()
+
+
+@pytest.fixture
+def visit(browser, server):
+    visitors = []
+
+    def arrive():
+        visitors.append(Visitor(browser, server))
+        return visitors[-1]
+
+    yield arrive
+    for visitor in visitors:
+        elsewhere = [u for u in visitor.requests if not u.startswith((server, "data:", "blob:"))]
+        visitor.close()
+        assert not elsewhere
+        assert not visitor.dialogs
+
+
+@pytest.fixture
+def visitor(visit):
+    return visit()
+
+
+def prompt_of(model, question):
+    """The one prompt in which `question` was asked last."""
+    (prompt,) = {p for p in model.engine.prompts if p.endswith(f"[user] {question}\n[assistant] ")}
+    return prompt
+
+
+def wait_until(holds, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def assert_stops_computing(model, prompt, seconds):
+    time.sleep(seconds)
+    computed = model.engine.computed[prompt]
+    time.sleep(0.5)
+    assert model.engine.computed[prompt] == computed
+    assert computed < 7000
+    assert prompt in model.engine.closed
+
+
+@pytest.mark.slow
+def test_the_thought_streams_and_closes_with_its_title_and_the_answer_appears(visitor, model):
+    visitor.ask("fairly long")
+    visitor.see("Thinking…")
+    thought = visitor.page.locator("#chat .thought-group")
+    wait_until(lambda: "and on and on" in thought.inner_text())
+    length = len(thought.inner_text())
+    wait_until(lambda: len(thought.inner_text()) > length)
+    visitor.settled()
+    visitor.see(re.compile(r"Thought for \d+\.\d s · \d+ tokens"))
+    wait_until(lambda: "and on" not in thought.inner_text())
+    assert visitor.answer() == "fairly long done"
+    assert re.fullmatch(r"\d+ tokens · \d+ tokens/s", visitor.page.locator("#status").inner_text().strip())
+    visitor.page.locator("#chat .thought-group .title").click()
+    visitor.see("and on and on")
+
+
+@pytest.mark.slow
+def test_stop_stops_the_computation_within_a_second_and_the_chat_goes_on(visitor, model):
+    visitor.ask("long, to be stopped")
+    visitor.see("Thinking…")
+    prompt = prompt_of(model, "long, to be stopped")
+    visitor.page.locator("#question .stop-button").click()
+    assert_stops_computing(model, prompt, 1.0)
+    visitor.see("unfinished")
+    visitor.see("Stopped.")
+    visitor.ask("after the stop")
+    visitor.see("heard: after the stop")
+    # What was never answered is not sent again.
+    assert prompt_of(model, "after the stop") == "[user] after the stop\n[assistant] "
+
+
+@pytest.mark.slow
+def test_a_closed_window_stops_its_computation(visit, model):
+    visitor = visit()
+    visitor.ask("long, then gone")
+    visitor.see("Thinking…")
+    prompt = prompt_of(model, "long, then gone")
+    visitor.close()
+    wait_until(lambda: prompt in model.engine.closed)
+    assert_stops_computing(model, prompt, 0.1)
+
+
+@pytest.mark.slow
+def test_retry_asks_again_with_other_random_numbers(visitor, model):
+    visitor.ask("again?")
+    visitor.see("heard: again?")
+    visitor.settled()
+    before = len(model.engine.prompts)
+    visitor.press("Retry")
+    visitor.page.get_by_text("At temperature 0 the answer is always the same").wait_for()
+    wait_until(lambda: len(model.engine.prompts) > before)
+    visitor.see("heard: again?")
+    visitor.settled()
+    assert model.engine.prompts[-1] == "[user] again?\n[assistant] "
+    assert model.engine.seeds[-2:] == [(0, 0), (0, 1)]
+    assert visitor.questions() == ["again?"]
+
+
+@pytest.mark.slow
+def test_an_edited_question_is_asked_anew_and_what_followed_goes(visitor, model):
+    visitor.ask("one")
+    visitor.see("heard: one")
+    visitor.settled()
+    visitor.ask("two")
+    visitor.see("heard: two")
+    visitor.settled()
+    assert prompt_of(model, "two") == (
+        "[user] one\n[assistant] <answer>heard: one</answer>\n[user] two\n[assistant] "
+    )
+    visitor.press("Edit")
+    visitor.page.locator("#chat textarea").first.fill("one, changed")
+    visitor.press("Submit")
+    visitor.see("heard: one, changed")
+    visitor.settled()
+    assert visitor.questions() == ["one, changed"]
+    assert prompt_of(model, "one, changed") == "[user] one, changed\n[assistant] "
+    # A later question can be edited too, and what stands before it stays.
+    visitor.ask("three")
+    visitor.see("heard: three")
+    visitor.settled()
+    visitor.press("Edit", 1)
+    visitor.page.locator("#chat textarea").first.fill("four")
+    visitor.press("Submit")
+    visitor.see("heard: four")
+    assert visitor.questions() == ["one, changed", "four"]
+
+
+@pytest.mark.slow
+def test_undo_gives_the_question_back_and_copy_takes_the_words(visitor):
+    visitor.ask("to be undone")
+    visitor.see("heard: to be undone")
+    visitor.settled()
+    visitor.press("Copy message", 1)
+    wait_until(lambda: "heard: to be undone" in visitor.page.evaluate("navigator.clipboard.readText()"))
+    visitor.press("Undo")
+    wait_until(lambda: visitor.box.input_value() == "to be undone")
+    assert visitor.questions() == []
+
+
+@pytest.mark.slow
+def test_clear_starts_over_even_in_the_middle_of_an_answer(visitor, model):
+    visitor.ask("remember me")
+    visitor.see("heard: remember me")
+    visitor.settled()
+    visitor.ask("long, cleared away")
+    visitor.see("Thinking…")
+    prompt = prompt_of(model, "long, cleared away")
+    visitor.press("Clear")
+    visitor.page.get_by_text("What shall we work out?").wait_for()
+    assert_stops_computing(model, prompt, 1.0)
+    visitor.settled()
+    assert visitor.questions() == []
+    visitor.ask("who was that?")
+    visitor.see("heard: who was that?")
+    assert prompt_of(model, "who was that?") == "[user] who was that?\n[assistant] "
+
+
+@pytest.mark.slow
+def test_an_example_is_asked_with_a_click(visitor):
+    visitor.page.locator("#chat .example").first.click()
+    visitor.see("heard: 12 + 34 + 56 = ?")
+
+
+@pytest.mark.slow
+def test_a_question_that_is_too_long_is_refused_and_kept(visitor, model):
+    before = len(model.engine.prompts)
+    visitor.ask("x" * 8001)
+    visitor.page.get_by_text("The question has 8,001 characters; at most 8,000 are taken.").wait_for()
+    assert visitor.box.input_value() == "x" * 8001
+    visitor.ask("  ")
+    visitor.page.get_by_text("Type a question first.").wait_for()
+    assert len(model.engine.prompts) == before
+    assert visitor.questions() == []
+
+
+@pytest.mark.slow
+def test_enter_while_an_answer_is_written_neither_loses_nor_doubles_anything(visitor, model):
+    visitor.ask("long, undisturbed")
+    visitor.see("Thinking…")
+    visitor.ask("impatient")
+    visitor.page.get_by_text("An answer is being written.").wait_for()
+    assert visitor.box.input_value() == "impatient"
+    assert model.engine.prompts.count(prompt_of(model, "long, undisturbed")) == 1
+    visitor.page.locator("#question .stop-button").click()
+    visitor.see("Stopped.")
+
+
+@pytest.mark.slow
+def test_what_a_model_or_a_person_writes_is_never_script_nor_image(visitor):
+    visitor.ask("hostile")
+    visitor.settled()
+    wait_until(lambda: "last line" in visitor.answer())
+    visitor.page.locator("#chat .thought-group .title").click()
+    visitor.see("last line", count=2)
+    typed = "<img src=x onerror=window.hacked=11> " + HOSTILE.replace("\n", " ")
+    visitor.ask(typed)
+    visitor.see("heard:")
+    visitor.settled()
+    links = visitor.page.locator("#chat .md a").all()
+    assert links
+    for link in links:
+        if not (link.get_attribute("href") or "").startswith("http"):
+            link.click(modifiers=["Control"], no_wait_after=True)
+    visitor.page.wait_for_timeout(500)
+    assert visitor.page.evaluate("window.hacked") is None
+    for element in ("script", "iframe", "img", "object", "embed", "svg[onload]", "[style*=url]", ".mermaid"):
+        assert visitor.page.locator(f"#chat .md {element}").count() == 0, element
+    assert "<script>window.hacked = 1</script>" in visitor.answer(1)
+    assert "<img src=http://198.51.100.7/a.png>" in visitor.answer(1)
+    visitor.press("Edit", 1)
+    assert visitor.page.locator("#chat textarea").first.input_value().replace("\u200b", "") == typed
+
+
+@pytest.mark.slow
+def test_maths_is_set_and_prices_are_not(visitor):
+    visitor.ask("maths")
+    visitor.see("for $5 or $6.")
+    visitor.settled()
+    assert visitor.page.locator("#chat .bot .katex").count() == 4
+    assert visitor.page.locator("#chat .bot .katex-display").count() == 2
+
+
+@pytest.mark.slow
+def test_two_visitors_share_the_engine_and_one_cannot_stop_the_other(visit, model):
+    ann, bob = visit(), visit()
+    ann.ask("long for ann")
+    bob.ask("fairly long for bob")
+    ann.see("Thinking…")
+    bob.see("Thinking…")
+    anns, bobs = prompt_of(model, "long for ann"), prompt_of(model, "fairly long for bob")
+    counted = model.engine.computed[anns], model.engine.computed[bobs]
+    time.sleep(0.5)
+    assert model.engine.computed[anns] > counted[0]
+    assert model.engine.computed[bobs] > counted[1]
+    ann.page.locator("#question .stop-button").click()
+    ann.see("Stopped.")
+    assert_stops_computing(model, anns, 0.1)
+    bob.settled()
+    assert bob.answer() == "fairly long for bob done"
+    assert "bob" not in ann.page.locator("#chat").inner_text()
+    assert "ann" not in bob.page.locator("#chat").inner_text()
+    assert bobs not in model.engine.closed
+    assert model.engine.most_at_once == 1
+
+
+@pytest.mark.slow
+def test_settings_reach_the_engine(visitor, model):
+    visitor.page.get_by_label("Toggle Sidebar").click()
+    for label, value in (("number input for Longest answer", "20"), ("Seed", "7")):
+        visitor.page.get_by_label(label, exact=True).fill(value)
+        visitor.page.keyboard.press("Tab")
+    visitor.ask("settings?")
+    visitor.see("No answer within 20 tokens.")
+    visitor.settled()
+    assert model.engine.computed[prompt_of(model, "settings?")] == 20
+    assert model.engine.seeds[-1] == (7, 0)
+
+
+@pytest.mark.slow
+def test_programs_call_the_named_endpoint(server, model):
+    from gradio_client import Client
+
+    client = Client(server, verbose=False, analytics_enabled=False)
+    public = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert list(public) == ["/ask"]
+    answer = client.predict("from a program", seed=3, api_name="/ask")
+    assert answer["answer"] == "heard: from a program"
+    assert answer["thought"] == "Let me see: é 🧮, hm."
+    assert answer["finish_reason"] == "stop"
+    assert model.engine.seeds[-1] == (3, 0)
+    job = client.submit("long program", max_completion_tokens=9000, api_name="/ask")
+    wait_until(lambda: len(job.outputs()) > 3)
+    prompt = prompt_of(model, "long program")
+    job.cancel()
+    assert_stops_computing(model, prompt, 1.0)
+    with pytest.raises(Exception, match="top_p"):
+        client.predict("wrong", top_p=7.0, api_name="/ask")
+    client.close()
+
+
+@pytest.mark.slow
+def test_the_server_takes_no_uploads_and_allows_nothing_from_elsewhere(server):
+    with urllib.request.urlopen(server) as page:
+        policy = page.headers["content-security-policy"]
+        html = page.read().decode()
+    assert "default-src 'self'" in policy
+    assert "http" not in policy
+    assert "fonts.googleapis" not in html
+    upload = urllib.request.Request(f"{server}/gradio_api/upload", data=b"x", method="POST")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(upload)
+
+
+@pytest.mark.slow
+def test_a_page_with_a_password_tells_nothing_without_it(model):
+    config = app.AppConfig(model="scripted", port=free_port())
+    page = app.build_page(model, config)
+    address = app.launch(page, config, auth=("ann", "secret")).rstrip("/")
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{address}/config")
+    finally:
+        page.close(verbose=False)
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_the_users_mistake(model, server):
+    config = app.AppConfig(model="scripted", port=int(server.rpartition(":")[2]))
+    with pytest.raises(UserError, match=f"port {config.port}"):
+        app.launch(app.build_page(model, config), config, auth=None)
+
+
+@pytest.mark.slow
+def test_the_server_reaches_nothing_outside_this_machine(server, outside):
+    assert outside == []
+
+
+@pytest.mark.slow
+def test_a_small_model_is_offered_sums_only(model):
+    page = app.build_page(replace(model, single_question=True), app.AppConfig(model="scripted"))
+    (chatbot,) = [block for block in page.blocks.values() if isinstance(block, gr.Chatbot)]
+    assert all(re.fullmatch(r"\d+ \+ \d+ \+ \d+ = \?", example["text"]) for example in chatbot.examples)
