@@ -1,0 +1,82 @@
+# Everything runs in .venv, made at the first call and kept until the requirements change.
+#   make demo SEED=0                             from nothing to a model that reasons
+#   make sft | grpo ARGS='--total_steps 300'     one stage, further flags in ARGS
+#   make demo TORCH_INDEX=<index of CPU builds>  another package index for torch
+
+PYTHON ?= python3
+SEED ?= 0
+ARGS ?=
+MODEL ?= outputs/grpo/final
+BIN := .venv/bin
+DEMO := outputs/demo-seed$(SEED)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo clean-baseline test unit lint format sft grpo evaluate chat terminal
+
+help:
+	@echo "make demo [SEED=0]        cold start, GRPO, evaluation of both on the tiny model, in minutes"
+	@echo "make sft  [ARGS=...]      the cold start alone (train_sft.py)"
+	@echo "make grpo [ARGS=...]      reinforcement learning (train_grpo.py)"
+	@echo "make evaluate MODEL=...   accuracy with intervals (evaluate.py)"
+	@echo "make chat [MODEL=...]     the chat page in the browser; make terminal: in the terminal"
+	@echo "make clean-baseline       the tiny model on clean examples, for as long as the demo trains"
+	@echo "make test                 every test; make unit: the fast ones; make lint"
+
+setup: .venv/ready .venv/ready-dev
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) -V 2>&1`; name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the requirements into .venv (once, some minutes)"
+ifdef TORCH_INDEX
+	$(BIN)/pip install -q --index-url $(TORCH_INDEX) "`grep '^torch==' requirements.txt`"
+endif
+	$(BIN)/pip install -q -r requirements.txt
+	@touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	$(BIN)/pip install -q -r requirements-dev.txt
+	@touch $@
+
+demo: .venv/ready
+	@$(BIN)/python train_sft.py --output $(DEMO)/sft --seed $(SEED)
+	@$(BIN)/python train_grpo.py --output $(DEMO)/grpo --model $(DEMO)/sft/final --seed $(SEED) --kl_coef 0
+	@$(BIN)/python evaluate.py --model $(DEMO)/grpo/final --baseline $(DEMO)/sft/final --limit 1000 --samples 8 \
+	  --json $(DEMO)/evaluation.json
+	@echo
+	@echo "learning curve:  $(DEMO)/grpo/report.html"
+	@echo "talk to it:      make chat MODEL=$(DEMO)/grpo/final"
+
+# The control: no reinforcement learning, no slips of the teacher, as many seconds of training as the demo's two stages.
+clean-baseline: .venv/ready
+	@$(BIN)/python train_sft.py --output $(DEMO)/clean --seed $(SEED) --data_options '{slip_rate: 0.0}' --total_steps 1300
+	@$(BIN)/python evaluate.py --model $(DEMO)/clean/final --limit 1000 --samples 8 --json $(DEMO)/clean.json
+
+sft: .venv/ready
+	@$(BIN)/accelerate launch train_sft.py --seed $(SEED) $(ARGS)
+
+grpo: .venv/ready
+	@$(BIN)/accelerate launch train_grpo.py --seed $(SEED) --algo $@ $(ARGS)
+
+evaluate: .venv/ready
+	@$(BIN)/python evaluate.py --model $(MODEL) $(ARGS)
+
+chat: .venv/ready
+	@$(BIN)/python app.py --model $(MODEL) $(ARGS)
+
+terminal: .venv/ready
+	@$(BIN)/python -m inference.chat --model $(MODEL) $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest -q -m "not gpu and not network" $(ARGS)
+
+unit: setup
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: setup
+	@$(BIN)/ruff format .

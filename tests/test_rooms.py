@@ -1,0 +1,175 @@
+"""Which file may import which: the walls of the house. A new file needs a row here."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What each file may import of ours; "rewards.*" is a package with all its modules. A module of a package
+# that has no row of its own has its package's.
+ROOMS = {
+    # Nouns.
+    "prompts": [],
+    "tasks": ["prompts"],
+    "data": ["prompts", "tasks"],
+    "losses": [],
+    "batches": [],
+    "optimizers": [],
+    "models": ["losses", "prompts"],
+    "exam": ["data", "inference", "prompts", "rewards.*"],
+    "rewards": ["prompts", "rewards.*"],
+    "runs": ["models", "runs.*"],
+    "runs.config": [],
+    # Engines: tokens in, tokens out.
+    "inference": [],
+    "inference.sampling": ["inference"],
+    "inference.engine": ["inference", "inference.sampling"],
+    # Whoever talks through an engine.
+    "inference.markdown": [],
+    "inference.reading": ["inference", "prompts"],
+    "inference.chat": ["inference.*", "models", "prompts"],
+    # Verbs: what a person runs. Nobody imports them.
+    "train_sft": [
+        *["batches", "data", "exam", "losses", "models", "optimizers", "prompts"],
+        *["inference.*", "runs.*"],
+    ],
+    "train_grpo": [
+        *["batches", "data", "exam", "losses", "models", "optimizers", "prompts"],
+        *["inference.*", "rewards.*", "runs.*"],
+        "train_sft",  # for the cold start, in the same process
+    ],
+    "evaluate": ["data", "exam", "inference.*", "models", "prompts", "rewards.*", "runs.*"],
+    "app": ["data", "inference.*", "models", "prompts", "rewards.*", "runs.*"],
+    "export": ["models", "prompts"],
+}
+
+# Who alone may import a package from outside, anywhere in the file.
+GUARDED = {
+    "torch": [
+        *["batches", "losses", "models", "optimizers", "runs.*", "train_grpo", "train_sft"],
+        *["inference.chat", "inference.engine", "inference.sampling"],
+    ],
+    "transformers": ["inference.engine", "models"],
+    "tokenizers": ["models"],
+    "peft": ["models"],
+    "accelerate": ["batches", "exam", "models", "runs.*", "train_grpo", "train_sft"],
+    "datasets": ["data"],
+    "gradio": ["app"],
+    "mlx": ["inference.mlx_engine", "inference.convert_mlx", "inference.chat"],
+    "mlx_lm": ["inference.mlx_engine", "inference.convert_mlx", "inference.chat"],
+    "wandb": [],  # through Accelerate's trackers
+}
+
+# What a Mac without torch must import: neither they nor what they import at the top may need any of these.
+TORCH_FREE = [
+    "prompts",
+    "data",
+    "inference",
+    "inference.chat",
+    "inference.reading",
+    "rewards",
+    "rewards.scorer",
+    "app",
+]
+TORCH_BOUND = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "sympy",
+    "math_verify",
+}
+
+
+def our_files():
+    """Module name and file of everything that ships."""
+    folders = [ROOT, *(path.parent for path in ROOT.glob("*/__init__.py"))]
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(part for part in parts if part != "__init__"), path
+
+
+FILES = dict(our_files())
+TOP_LEVEL = {name.partition(".")[0] for name in FILES}
+
+
+def imports(source, at_top=False):
+    """The modules that a text imports, inside functions too unless `at_top`."""
+    tree = ast.parse(source)
+    for node in tree.body if at_top else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are written out in full"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from (names & FILES.keys()) or [node.module]
+            if names - FILES.keys():
+                yield node.module
+
+
+def is_among(name, allowed):
+    """Whether a row lets a module in."""
+    return name in allowed or f"{name}.*" in allowed or f"{name.partition('.')[0]}.*" in allowed
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_room_imports_only_through_its_doors(name):
+    allowed = ROOMS.get(name, ROOMS.get(name.partition(".")[0]))
+    assert allowed is not None, f"{name} is new: give it a row in ROOMS"
+    ours = {module for module in imports(FILES[name].read_text()) if module.partition(".")[0] in TOP_LEVEL}
+    through_the_wall = [module for module in sorted(ours) if not is_among(module, allowed)]
+    assert not through_the_wall, f"{name} imports {through_the_wall}, and may import {allowed}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_guarded_packages_stay_in_their_rooms(name):
+    for module in imports(FILES[name].read_text()):
+        package = module.partition(".")[0]
+        if package in GUARDED:
+            assert is_among(name, GUARDED[package]), f"{name} imports {package}, and must not"
+
+
+def test_losses_see_torch_and_nothing_else():
+    packages = {module.partition(".")[0] for module in imports(FILES["losses"].read_text())}
+    assert packages - sys.stdlib_module_names == {"torch"}
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_what_a_mac_needs_is_free_of_torch(name):
+    waiting, seen = [name], {}
+    while waiting:
+        module = waiting.pop()
+        for imported in imports(FILES[module].read_text(), at_top=True):
+            assert imported.partition(".")[0] not in TORCH_BOUND, f"{module} imports {imported}"
+            # A module's package is imported before it.
+            for ours in {imported, imported.partition(".")[0]} & FILES.keys() - seen.keys():
+                seen[ours] = module
+                waiting.append(ours)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch.nn as nn", {"torch.nn"}),
+        ("from rewards import shaping, judge", {"rewards.shaping", "rewards"}),
+        ("from inference import engine", {"inference.engine"}),
+        ("from rewards.verify import judge", {"rewards.verify"}),
+        ("def f():\n    if x:\n        import gradio", {"gradio"}),
+    ],
+)
+def test_the_reader_of_imports_sees_them_all(source, expected):
+    assert set(imports(source)) == expected
+
+
+def test_the_tables_name_what_exists():
+    """A row for a file that is gone, or written wrong, guards nothing."""
+    planned = {"export", "inference.mlx_engine", "inference.convert_mlx"}
+    rows = [ROOMS, TORCH_FREE, *ROOMS.values(), *GUARDED.values()]
+    named = {name.removesuffix(".*") for row in rows for name in row}
+    assert named - FILES.keys() <= planned
