@@ -8,15 +8,16 @@ SEED ?= 0
 ARGS ?=
 MODEL ?= outputs/grpo/final
 BIN := .venv/bin
+ALGOS := grpo dr_grpo dapo gspo rloo cispo
 DEMO := outputs/demo-seed$(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo clean-baseline test unit lint format sft grpo evaluate chat terminal
+.PHONY: help setup demo clean-baseline test unit lint format sft $(ALGOS) evaluate chat terminal
 
 help:
 	@echo "make demo [SEED=0]        cold start, GRPO, evaluation of both on the tiny model, in minutes"
 	@echo "make sft  [ARGS=...]      the cold start alone (train_sft.py)"
-	@echo "make grpo [ARGS=...]      reinforcement learning (train_grpo.py)"
+	@echo "make grpo [ARGS=...]      reinforcement learning (train_grpo.py); also dr_grpo, dapo, gspo, rloo, cispo"
 	@echo "make evaluate MODEL=...   accuracy with intervals (evaluate.py)"
 	@echo "make chat [MODEL=...]     the chat page in the browser; make terminal: in the terminal"
 	@echo "make clean-baseline       the tiny model on clean examples, for as long as the demo trains"
@@ -56,8 +57,8 @@ clean-baseline: .venv/ready
 sft: .venv/ready
 	@$(BIN)/accelerate launch train_sft.py --seed $(SEED) $(ARGS)
 
-grpo: .venv/ready
-	@$(BIN)/accelerate launch train_grpo.py --seed $(SEED) --algo $@ $(ARGS)
+$(ALGOS): .venv/ready
+	@$(BIN)/accelerate launch train_grpo.py --algo $@ --output outputs/$@ --seed $(SEED) $(ARGS)
 
 evaluate: .venv/ready
 	@$(BIN)/python evaluate.py --model $(MODEL) $(ARGS)

@@ -39,7 +39,12 @@ def make_optimizer(
     inside = {id(p) for n, p in trained if p.ndim == 2 and id(p) not in tables and "lm_head" not in n}
     hidden = [p for p in matrices if id(p) in inside]
     others = [p for p in matrices if id(p) not in inside]
-    muon = Muon(hidden, lr=MUON_FACTOR * learning_rate, weight_decay=weight_decay, adjust_lr_fn="original")
+    muon = Muon(
+        hidden,
+        lr=MUON_FACTOR * learning_rate,
+        weight_decay=weight_decay,
+        adjust_lr_fn="original",
+    )
     return Together([muon, AdamW([{"params": others}, *vectors], **settings)])
 
 

@@ -23,15 +23,17 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import rewards
-from batches import micro_batches, pad_batch
+from batches import micro_batches
 from data import Problem, load_problems, take
 from exam import hold_shared_exam
-from inference import Completion, SamplingParams
+from inference import SamplingParams
 from inference.engine import TorchEngine
-from losses import group_advantages, kl_penalty, loss_weights, policy_loss
+from losses import group_advantages, kl_penalty, loss_weights, moments, policy_loss
 from models import Policy, load_model, load_tokenizer, make_accelerator
 from optimizers import make_optimizer, make_scheduler
-from prompts import completion_prefix, encode_prompt, parse_completion, render_prompt
+from prompts import completion_prefix, encode_prompt, render_prompt
+from rewards.shaping import soft_overlong
+from rollouts import Group, RolloutBatch, collate, count, rollout_metrics, rollout_rows, slice_scores
 from runs.config import at_the_door, parse_config, require, run_script
 from runs.folder import Run, open_run
 from runs.signals import stop_on_signal
@@ -43,21 +45,33 @@ COLD_START = SFTConfig()
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
 
-# An algorithm is a row: it fills the knobs that the user left unset. No other line knows the names.
+# An algorithm is a row, read from top to bottom: it fills the knobs that the user left unset. No other line
+# knows the names.
+_GRPO: dict[str, Any] = {
+    "baseline": "group",
+    "scale": "group",
+    "ratio_level": "token",
+    "surrogate": "clip",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "weighting": "sequence",
+    "kl_coef": 0.0,
+    "kl_estimator": "k3_corrected",
+    "dynamic_sampling": False,
+    "overlong": "none",
+    "updates_per_rollout": 1,
+    "epochs_per_rollout": 1,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {
-        "baseline": "group",
-        "scale": "group",
-        "ratio_level": "token",
-        "surrogate": "clip",
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "weighting": "sequence",
-        "kl_coef": 0.04,
-        "kl_estimator": "k3_corrected",
-        "updates_per_rollout": 1,
-        "epochs_per_rollout": 1,
-    },
+    "grpo": _GRPO | {"kl_coef": 0.04},
+    "dr_grpo": _GRPO | {"scale": "none", "weighting": "constant"},
+    "dapo": _GRPO
+    | {"clip_high": 0.28, "weighting": "token", "updates_per_rollout": 4}
+    | {"dynamic_sampling": True, "overlong": "soft"},
+    "gspo": _GRPO
+    | {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "updates_per_rollout": 4},
+    "rloo": _GRPO | {"baseline": "leave_one_out", "scale": "none", "weighting": "constant"},
+    "cispo": _GRPO | {"surrogate": "cispo", "clip_high": 5.0, "weighting": "token"},
 }
 
 
@@ -93,7 +107,7 @@ class GRPOConfig:
     system_prompt: str | None = None
     """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
 
-    total_steps: int = 130
+    total_steps: int = 150
     """Rollouts; each is followed by `updates_per_rollout` x `epochs_per_rollout` optimizer steps."""
     prompts_per_step: int = 32
     """Prompts in a rollout, over all processes."""
@@ -106,7 +120,7 @@ class GRPOConfig:
     rewards: dict[str, float] = field(default_factory=lambda: dict(rewards.DEFAULT_REWARDS))
     """Weight by name: built-in rewards, or file.py:function."""
 
-    algo: Literal["grpo"] = "grpo"
+    algo: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "cispo"] = "grpo"
     """The preset that fills the knobs below."""
     baseline: Literal["group", "leave_one_out"] | None = None
     """What a reward is compared with: its group's mean, or the mean of the others in it."""
@@ -130,6 +144,16 @@ class GRPOConfig:
     """Weight of the KL to the model that the run began with; 0 keeps no second model in memory."""
     kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"] | None = None
     """How the KL is estimated from the sampled tokens."""
+    dynamic_sampling: bool | None = None
+    """Leave out groups that are all right or all wrong, and sample others in their place."""
+    max_refills: int = 4
+    """Further rollouts that dynamic sampling may make in a step; what is still missing then is left as it
+    is.
+    """
+    overlong: Literal["none", "soft", "mask"] | None = None
+    """Completions near the limit: nothing; a punishment over the last fifth; or truncated ones out of the
+    loss.
+    """
     updates_per_rollout: int | None = None
     """Minibatches that a rollout is split into, by prompts."""
     epochs_per_rollout: int | None = None
@@ -137,8 +161,8 @@ class GRPOConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon for the matrices inside the layers."""
-    learning_rate: float = 3e-4
-    """The highest; 3e-4 suits the tiny model, 1e-6 a pretrained one."""
+    learning_rate: float = 4e-4
+    """The highest; 4e-4 suits the tiny model, 1e-6 a pretrained one."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls after the warm-up."""
     warmup_steps: int = 5
@@ -152,11 +176,11 @@ class GRPOConfig:
     gradient stays.
     """
 
-    eval_every: int = 20
+    eval_every: int = 25
     """Steps between evaluations on the validation split; 0 for none."""
     eval_limit: int = 200
     """Validation problems in an evaluation."""
-    save_every: int = 40
+    save_every: int = 50
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many of them stay."""
@@ -174,6 +198,7 @@ class GRPOConfig:
         require(self, "max_completion_tokens", "updates_per_rollout", "epochs_per_rollout", at_least=1)
         require(self, "micro_batch_tokens", "eval_limit", "save_every", "keep_checkpoints", at_least=1)
         require(self, "seed", "eval_every", "warmup_steps", "weight_decay", "kl_coef", "clip_low", at_least=0)
+        require(self, "max_refills", at_least=0)
         require(self, "learning_rate", "max_grad_norm", "temperature", "clip_high", above=0)
         if self.group_size < 2:
             raise ValueError(
@@ -192,33 +217,6 @@ class GRPOConfig:
 # The rollout
 
 
-@dataclass
-class RolloutBatch:
-    """One process' share of a rollout: B = prompts x group_size rows, a group's rows side by side, in prompt
-    order.
-    """
-
-    problems: list[Problem]  # of every row
-    texts: list[str]  # the completions, a prefilled <think> included
-    completions: list[Completion]
-    scores: rewards.Scores
-    lengths: list[tuple[int, int]]  # (prompt tokens, completion tokens) of every row
-    tensors: dict[str, Tensor]  # input_ids and attention_mask [B, P+T]; completion_mask, *_logprobs [B, T]
-    advantages: Tensor  # [B]
-
-    def select(self, rows: list[int], device: torch.device) -> dict[str, Tensor]:
-        """The tensors of some rows on a device, with the padding trimmed that these rows do not need."""
-        longest_prompt = max(prompt for prompt, _ in self.lengths)
-        first = longest_prompt - max(self.lengths[row][0] for row in rows)
-        length = max(self.lengths[row][1] for row in rows)
-        cut = {"input_ids": slice(first, longest_prompt + length)}
-        cut["attention_mask"] = cut["input_ids"]
-        return {
-            name: tensor[rows, cut.get(name, slice(length))].to(device)
-            for name, tensor in self.tensors.items()
-        }
-
-
 def roll_out(
     engine: TorchEngine,
     tokenizer: Any,
@@ -227,7 +225,7 @@ def roll_out(
     config: GRPOConfig,
     step: int,
     first_prompt: int,
-) -> RolloutBatch:
+) -> list[Group]:
     """Sample a group of completions for each problem and score them.
 
     Args:
@@ -237,47 +235,90 @@ def roll_out(
         reward_set: scores whole groups.
         config: of the run.
         step: keys the random numbers, with the seed.
-        first_prompt: the number of the first problem among all processes'.
+        first_prompt: the number of the first problem among all that the step asks.
     """
-    texts = [render_prompt(tokenizer, problem.question) for problem in problems]
+    size = config.group_size
+    prompts = [render_prompt(tokenizer, problem.question) for problem in problems]
     prompt_ids = [encode_prompt(tokenizer, problem.question) for problem in problems]
     params = SamplingParams(config.max_completion_tokens, config.temperature)
-    groups = engine.generate(prompt_ids, config.group_size, params, (config.seed, step), first_prompt)
+    sampled = engine.generate(prompt_ids, size, params, (config.seed, step), first_prompt)
 
     def each(values: list[Any]) -> list[Any]:
-        return [value for value in values for _ in range(config.group_size)]
+        return [value for value in values for _ in range(size)]
 
-    completions = [completion for group in groups for completion in group]
-    decoded = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-    decoded = [completion_prefix(prompt) + text for prompt, text in zip(each(texts), decoded, strict=True)]
-    columns = {name: each([p.columns.get(name) for p in problems]) for name in problems[0].columns}
-    scores = rewards.score(
-        reward_set,
-        decoded,
-        {
-            **columns,
-            "prompts": each(texts),
-            "completion_ids": [c.token_ids for c in completions],
-            "gold": each([p.gold for p in problems]),
-            "group_size": config.group_size,
-            "max_completion_tokens": config.max_completion_tokens,
-        },
+    token_ids = [completion.token_ids for completions in sampled for completion in completions]
+    decoded = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    texts = [completion_prefix(prompt) + text for prompt, text in zip(each(prompts), decoded, strict=True)]
+    names = sorted({name for problem in problems for name in problem.columns})
+    columns = {name: each([problem.columns.get(name) for problem in problems]) for name in names}
+    columns |= {
+        "prompts": each(prompts),
+        "completion_ids": token_ids,
+        "gold": each([p.gold for p in problems]),
+    }
+    columns |= {"group_size": size, "max_completion_tokens": config.max_completion_tokens}
+    scores = rewards.score(reward_set, texts, columns)
+    return [
+        Group(
+            number=first_prompt + i,
+            problem=problem,
+            prompt_ids=prompt_ids[i],
+            completions=sampled[i],
+            texts=texts[i * size : (i + 1) * size],
+            scores=slice_scores(scores, i * size, (i + 1) * size),
+        )
+        for i, problem in enumerate(problems)
+    ]
+
+
+def sample_step(
+    engine: TorchEngine,
+    tokenizer: Any,
+    problems: list[Problem],
+    reward_set: rewards.RewardSet,
+    config: GRPOConfig,
+    run: Run,
+) -> list[Group]:
+    """This process' groups of a step: one rollout, or with dynamic sampling as many as it takes until every
+    process has enough groups that teach something. All processes leave together.
+    """
+    share = config.prompts_per_step // run.accelerator.num_processes
+    first = run.accelerator.process_index * share
+    groups: list[Group] = []
+    for refill in range(1 + config.dynamic_sampling * config.max_refills):
+        drawn = take(problems, config.seed, run.drawn + first, share)
+        run.drawn += config.prompts_per_step
+        number = refill * config.prompts_per_step + first
+        with run.accelerator.autocast():
+            groups += roll_out(engine, tokenizer, drawn, reward_set, config, run.step, number)
+        informative = sum(group.is_informative for group in groups)
+        if min(gather_object([informative])) >= share:
+            break
+    return groups
+
+
+def choose_groups(groups: list[Group], share: int, config: GRPOConfig) -> list[Group]:
+    """The groups to learn from: the first, with dynamic sampling the informative ones first."""
+    if config.dynamic_sampling:
+        groups = sorted(groups, key=lambda group: not group.is_informative)
+    return groups[:share]
+
+
+def credit(groups: list[Group], config: GRPOConfig, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Turn rewards into advantages `[B]`, and say which completions count `[B]`."""
+    completions = [completion for group in groups for completion in group.completions]
+    totals = torch.tensor([total for group in groups for total in group.scores.total])
+    counted = torch.ones(len(totals), dtype=torch.bool)
+    if config.overlong == "soft":
+        token_ids = [completion.token_ids for completion in completions]
+        totals += torch.tensor(soft_overlong([], token_ids, config.max_completion_tokens))
+    elif config.overlong == "mask":
+        counted = torch.tensor([completion.finish_reason != "length" for completion in completions])
+    everyone = sum(gather_object([moments(totals)]))
+    advantages = group_advantages(
+        totals, config.group_size, config.baseline, config.scale, batch_moments=everyone
     )
-    tensors = pad_batch(each(prompt_ids), [c.token_ids for c in completions], tokenizer.pad_token_id)
-    tensors["sampling_logprobs"] = torch.zeros(tensors["completion_mask"].shape)
-    for row, completion in enumerate(completions):
-        tensors["sampling_logprobs"][row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
-    return RolloutBatch(
-        problems=each(problems),
-        texts=decoded,
-        completions=completions,
-        scores=scores,
-        lengths=[(len(p), len(c.token_ids)) for p, c in zip(each(prompt_ids), completions, strict=True)],
-        tensors=tensors,
-        advantages=group_advantages(
-            torch.tensor(scores.total), config.group_size, config.baseline, config.scale
-        ),
-    )
+    return advantages * counted, counted
 
 
 @torch.no_grad()
@@ -291,9 +332,9 @@ def score_rollout(
         accelerator, policy, batch.lengths, rows, config.micro_batch_tokens
     ):
         if scale:
-            values, _ = policy(
-                **model_inputs(batch.select(chosen, accelerator.device)), temperature=config.temperature
-            )
+            inputs = model_inputs(batch.select(chosen, accelerator.device))
+            with accelerator.autocast():  # a reference is not prepared, and must compute as the policy does
+                values, _ = policy(**inputs, temperature=config.temperature)
             logprobs[chosen, : values.shape[1]] = values.cpu()
     return logprobs
 
@@ -311,7 +352,7 @@ def minibatches(batch: RolloutBatch, config: GRPOConfig) -> Iterator[range]:
     """Rows of each update: the rollout split by prompts, in order, and gone through `epochs_per_rollout`
     times.
     """
-    size = len(batch.texts) // config.updates_per_rollout
+    size = len(batch.lengths) // config.updates_per_rollout
     for _ in range(config.epochs_per_rollout):
         for number in range(config.updates_per_rollout):
             yield range(number * size, (number + 1) * size)
@@ -331,7 +372,7 @@ def update(
     """
     mask = batch.tensors["completion_mask"][rows.start : rows.stop]
     totals = accelerator.reduce(
-        torch.tensor([len(rows), int(mask.sum())], device=accelerator.device)
+        torch.tensor([int(mask.any(1).sum()), int(mask.sum())], device=accelerator.device)
     ).tolist()
     # Fixed for the whole update before anything is split or left out.
     weights = torch.zeros(batch.tensors["completion_mask"].shape)
@@ -396,7 +437,7 @@ def micro_loss(
         loss = loss + config.kl_coef * (tensors["weights"] * kl).sum()
         tells["kl"] = kl.detach()
     for name, values in tells.items():
-        stats[name] = torch.where(mask, values, 0).sum() / stats["tokens"]
+        stats[name] = torch.where(mask, values, 0).sum() / stats["tokens"].clamp(min=1)
     return loss, {name: float(value) for name, value in stats.items()}
 
 
@@ -404,74 +445,20 @@ def micro_loss(
 # Telling
 
 
-def measure(
-    batch: RolloutBatch, updates: list[dict[str, float]], config: GRPOConfig, accelerator: Accelerator
-) -> dict[str, float]:
-    """The step's metrics over all processes; shares are in [0, 1], `rewards/...` are unweighted means."""
-    groups = torch.tensor(batch.scores.total).view(-1, config.group_size)
-    facts = {
-        "rows": len(batch.texts),
-        "reward": sum(batch.scores.total),
-        "correct": sum(bool(c) for c in batch.scores.correct),
-        "undecided": sum(batch.scores.undecided),
-        "well_formed": sum(parse_completion(text).well_formed for text in batch.texts),
-        "tokens": sum(length for _, length in batch.lengths),
-        "truncated": sum(c.finish_reason == "length" for c in batch.completions),
-        "groups": len(groups),
-        "same": int((groups.amax(1) == groups.amin(1)).sum()),
-        "parts": {name: [v for v in part if v is not None] for name, part in batch.scores.parts.items()},
-        "updates": updates,
-    }
-    everyone = gather_object([facts])
-
-    def total(name: str) -> float:
-        return sum(facts[name] for facts in everyone)
-
+def update_metrics(updates: list[list[dict[str, float]]]) -> dict[str, float]:
+    """The updates' metrics from every process' list; means are over the tokens that were learned from."""
+    every = [update for of_process in updates for update in of_process]
     metrics = {
-        "train/reward": total("reward") / total("rows"),
-        "train/accuracy": total("correct") / total("rows"),
-        "train/format_rate": total("well_formed") / total("rows"),
-        "rewards/undecided_fraction": total("undecided") / total("rows"),
-        "rollout/completion_tokens": total("tokens") / total("rows"),
-        "rollout/truncated_fraction": total("truncated") / total("rows"),
-        "rollout/zero_variance_groups": total("same") / total("groups"),
+        "policy/loss": sum(update["loss"] for update in every) / len(updates[0]),
+        "policy/grad_norm": max(update["grad_norm"] for update in every),
+        "policy/ratio_max": max(update["ratio_max"] for update in every),
     }
-    for name in batch.scores.parts:
-        values = [value for facts in everyone for value in facts["parts"][name]]
-        metrics[f"rewards/{name}"] = sum(values) / len(values) if values else 0.0
-    every = [update for facts in everyone for update in facts["updates"]]
-    metrics["policy/loss"] = sum(update["loss"] for update in every) / len(updates)
-    metrics["policy/grad_norm"] = max(update["grad_norm"] for update in every)
-    metrics["policy/ratio_max"] = max(update["ratio_max"] for update in every)
     tokens = sum(update["tokens"] for update in every)
     names = {"entropy", "approx_kl", "clip_fraction", "kl", "sampler_mismatch"} & every[0].keys()
     for name in sorted(names):
         key = "rollout/sampler_mismatch_kl" if name == "sampler_mismatch" else f"policy/{name}"
         metrics[key] = sum(update[name] for update in every) / tokens if tokens else 0.0
     return metrics
-
-
-def rollout_rows(
-    batch: RolloutBatch, step: int, first_prompt: int, config: GRPOConfig
-) -> list[dict[str, Any]]:
-    """The lines of `rollouts.jsonl`: every completion, with what it earned and why."""
-    return [
-        {
-            "step": step,
-            "group": first_prompt + row // config.group_size,
-            "question": batch.problems[row].question,
-            "gold": batch.problems[row].gold,
-            "completion": batch.texts[row],
-            "reward": batch.scores.total[row],
-            "rewards": {name: part[row] for name, part in batch.scores.parts.items()},
-            "correct": batch.scores.correct[row],
-            "extracted": batch.scores.extracted[row],
-            "advantage": float(batch.advantages[row]),
-            "tokens": batch.lengths[row][1],
-            "finish_reason": batch.completions[row].finish_reason,
-        }
-        for row in range(len(batch.texts))
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -530,7 +517,8 @@ def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int:
     if config.model != GRPOConfig.model or (Path(config.model) / "config.json").is_file():
         return 0
     accelerator.print(f"{config.model} is not there yet: running the cold start first (python train_sft.py)")
-    code = cold_start(SFTConfig(seed=config.seed), accelerator)
+    same_task = {"data": config.data, "data_options": config.data_options, "seed": config.seed}
+    code = cold_start(SFTConfig(**same_task), accelerator)
     accelerator.free_memory()
     return code
 
@@ -550,7 +538,7 @@ def main(config: GRPOConfig) -> int:
         reward_set = load_rewards(config)
         source = str(start.checkpoint or config.model)
         tokenizer = load_tokenizer(source, config.system_prompt)
-        problems, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
+        train, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
         held_out = (
             load_problems(config.data, "validation", **data_arguments(config)) if config.eval_every else []
         )
@@ -567,8 +555,6 @@ def main(config: GRPOConfig) -> int:
     run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
     run.log.say(f"{config.algo} from {config.model} on {config.data}: {told}")
 
-    share = config.prompts_per_step // accelerator.num_processes
-    first_prompt = accelerator.process_index * share
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
     # Only where sampler and trainer compute alike are the sampled log-probabilities the policy's own.
     sampler_is_exact = accelerator.mixed_precision == "no"
@@ -583,13 +569,13 @@ def main(config: GRPOConfig) -> int:
         while run.step < config.total_steps and not stop.signal:
             began = time.perf_counter()
             # 1. Roll out: a group of completions for each prompt, from the policy as it is now, scored.
-            drawn = take(problems, config.seed, run.step * config.prompts_per_step + first_prompt, share)
-            with accelerator.autocast():
-                batch = roll_out(engine, tokenizer, drawn, reward_set, config, run.step, first_prompt)
+            groups = sample_step(engine, tokenizer, train, reward_set, config, run)
+            chosen = choose_groups(groups, config.prompts_per_step // accelerator.num_processes, config)
+            batch = collate(chosen, *credit(chosen, config, accelerator), tokenizer.pad_token_id)
             rolled_out = time.perf_counter()
 
             # 2. The log-probabilities that the update compares with.
-            rows = range(len(batch.texts))
+            rows = range(len(batch.lengths))
             if sampler_is_exact:
                 batch.tensors["old_logprobs"] = batch.tensors["sampling_logprobs"]
             elif config.updates_per_rollout * config.epochs_per_rollout > 1:
@@ -605,10 +591,12 @@ def main(config: GRPOConfig) -> int:
 
             # 4. Tell and keep.
             run.step += 1
-            metrics = measure(batch, updates, config, accelerator)
+            metrics = rollout_metrics(gather_object([count(groups)])) | update_metrics(
+                gather_object([updates])
+            )
             times = {"time/generate_s": rolled_out - began, "time/update_s": time.perf_counter() - rolled_out}
             run.log.step(run.step, {**metrics, **times, "policy/learning_rate": scheduler.get_last_lr()[0]})
-            run.log.rollouts(gather_object(rollout_rows(batch, run.step, first_prompt, config)))
+            run.log.rollouts(gather_object(rollout_rows(groups, batch, run.step)))
             is_last = run.step == config.total_steps
             if config.eval_every and (run.step % config.eval_every == 0 or is_last):
                 evaluate()

@@ -187,9 +187,10 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
     with stop_on_signal() as stop:
         while run.step < config.total_steps and not stop.signal:
             began = time.perf_counter()
-            drawn = take(examples, config.seed, run.step * config.examples_per_step, config.examples_per_step)
+            drawn = take(examples, config.seed, run.drawn, config.examples_per_step)
             metrics = update(policy, optimizer, scheduler, accelerator, drawn, tokenizer.pad_token_id, config)
             run.step += 1
+            run.drawn += config.examples_per_step
             run.log.step(run.step, {**metrics, "time/update_s": time.perf_counter() - began})
             is_last = run.step == config.total_steps
             if config.eval_every and (run.step % config.eval_every == 0 or is_last):

@@ -154,6 +154,11 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: Path) -
 class Run:
     """A run while it trains: log, checkpoints, best and final model. Every process holds one; the main one
     writes.
+
+    Attributes:
+        step: steps done.
+        drawn: problems or examples drawn from the data so far, by all processes.
+        best_accuracy: of `best/`.
     """
 
     def __init__(
@@ -180,7 +185,7 @@ class Run:
         """
         self.folder, self.config, self.accelerator = start.folder, config, accelerator
         self.model, self.tokenizer, self.optimizer, self.scheduler = model, tokenizer, optimizer, scheduler
-        self.step, self.best_accuracy = 0, -1.0
+        self.step, self.drawn, self.best_accuracy = 0, 0, -1.0
         if accelerator.is_main_process:
             write_run(start, config)
         if start.checkpoint is not None:
@@ -196,6 +201,7 @@ class Run:
         """Save what a resume after `self.step` steps needs."""
         state = {
             "step": self.step,
+            "drawn": self.drawn,
             "best_accuracy": self.best_accuracy,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -241,7 +247,7 @@ class Run:
 
     def _restore(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
-        self.step, self.best_accuracy = state["step"], state["best_accuracy"]
+        self.step, self.drawn, self.best_accuracy = state["step"], state["drawn"], state["best_accuracy"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])

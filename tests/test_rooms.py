@@ -21,6 +21,7 @@ ROOMS = {
     "models": ["losses", "prompts"],
     "exam": ["data", "inference", "prompts", "rewards.*"],
     "rewards": ["prompts", "rewards.*"],
+    "rollouts": ["batches", "data", "inference", "prompts", "rewards"],
     "runs": ["models", "runs.*"],
     "runs.config": [],
     # Engines: tokens in, tokens out.
@@ -37,7 +38,7 @@ ROOMS = {
         *["inference.*", "runs.*"],
     ],
     "train_grpo": [
-        *["batches", "data", "exam", "losses", "models", "optimizers", "prompts"],
+        *["batches", "data", "exam", "losses", "models", "optimizers", "prompts", "rollouts"],
         *["inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
@@ -49,7 +50,7 @@ ROOMS = {
 # Who alone may import a package from outside, anywhere in the file.
 GUARDED = {
     "torch": [
-        *["batches", "losses", "models", "optimizers", "runs.*", "train_grpo", "train_sft"],
+        *["batches", "losses", "models", "optimizers", "rollouts", "runs.*", "train_grpo", "train_sft"],
         *["inference.chat", "inference.engine", "inference.sampling"],
     ],
     "transformers": ["inference.engine", "models"],

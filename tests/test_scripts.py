@@ -113,8 +113,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 messages = [{"role": "user", "content": "12 + 5 + 20 = ?"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
-return_dict=True) output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))
 print([name for name in sys.modules if name in ("models", "prompts", "train_grpo")])
 """
@@ -177,6 +178,8 @@ def crash_after(monkeypatch, step):
         (train_sft, quick_sft, {"optimizer": "adamw"}),
         (train_grpo, quick_grpo, {"kl_coef": 0.04}),
         (train_grpo, quick_grpo, {"kl_coef": 0.0, "updates_per_rollout": 2, "lr_schedule": "cosine"}),
+        # Nothing is right, so every step refills as often as it may: the position is a number of its own.
+        (train_grpo, quick_grpo, {"algo": "dapo", "max_refills": 1}),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(train, quick, changes, tmp_path, monkeypatch):

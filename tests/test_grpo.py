@@ -1,0 +1,164 @@
+"""The step of train_grpo: credit, the choice of groups, and a gradient that nothing but the data decides."""
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data import Problem
+from inference import Completion
+from models import Policy
+from rewards import Scores
+from rollouts import Group, collate, rollout_rows
+from train_grpo import PRESETS, GRPOConfig, choose_groups, credit, minibatches, update
+
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def group(number, rewards, correct=None, lengths=None, prompt=5):
+    generator = torch.Generator().manual_seed(number)
+    lengths = lengths or [3 + (number + i) % 8 for i in range(len(rewards))]
+    completions = []
+    for length in lengths:
+        ids = torch.randint(9, 200, (length,), generator=generator).tolist()
+        reason = "length" if length == LIMIT else "stop"
+        completions.append(Completion(ids, [-1.0] * length, reason))
+    verdicts = correct if correct is not None else [None] * len(rewards)
+    scores = Scores(rewards, {"toy": rewards}, verdicts, [None] * len(rewards), [False] * len(rewards))
+    ids = torch.randint(9, 200, (prompt,), generator=generator).tolist()
+    return Group(number, Problem("q", "1"), ids, completions, ["text"] * len(rewards), scores)
+
+
+def config(**changes):
+    settings = {"group_size": 4, "max_completion_tokens": LIMIT, "kl_coef": 0.0, "micro_batch_tokens": 10_000}
+    return GRPOConfig(**settings | changes)
+
+
+def make_batch(policy, accelerator, settings, groups):
+    batch = collate(groups, *credit(groups, settings, accelerator), pad_token_id=0)
+    with torch.no_grad():
+        inputs = {k: batch.tensors[k] for k in ("input_ids", "attention_mask", "completion_mask")}
+        batch.tensors["old_logprobs"] = policy(**inputs)[0]
+    batch.tensors["ref_logprobs"] = batch.tensors["old_logprobs"] - 0.1
+    return batch
+
+
+def gradient(policy, accelerator, settings, batch, rows=None):
+    """The gradient of one update, and what it told."""
+    policy = copy.deepcopy(policy)
+    taken = []
+
+    def step():
+        taken.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters())
+
+    optimizer = SimpleNamespace(step=step, zero_grad=policy.zero_grad)
+    scheduler = SimpleNamespace(step=lambda: None)
+    rows = rows or range(len(batch.lengths))
+    # A clipped gradient would hide a wrong scale.
+    settings = replace(settings, max_grad_norm=1e9)
+    told = update(policy, optimizer, scheduler, accelerator, batch, rows, settings)
+    return torch.cat([g.flatten() for g in taken]), told
+
+
+MIXED = [[1.0, 0.0, 0.0, 1.0], [0.1, 1.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny):
+    return Policy(copy.deepcopy(tiny[0]))
+
+
+@pytest.mark.parametrize("algo", PRESETS)
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_micro_batches_leave_the_gradient_the_same(policy, accelerator, algo, kl_coef):
+    settings = config(algo=algo, kl_coef=kl_coef, updates_per_rollout=1)
+    groups = [group(i, rewards, prompt=3 + 4 * i) for i, rewards in enumerate(MIXED)]
+    batch = make_batch(policy, accelerator, settings, groups)
+    whole, _ = gradient(policy, accelerator, settings, batch)
+    assert whole.norm() > 1e-3
+    for budget in (1, 40, 80):
+        split, _ = gradient(policy, accelerator, replace(settings, micro_batch_tokens=budget), batch)
+        assert (split - whole).norm() / whole.norm() <= 1e-6
+
+
+def test_the_first_update_has_ratio_one_no_loss_and_a_gradient(policy, accelerator):
+    settings = config()
+    groups = [group(i, rewards) for i, rewards in enumerate(MIXED)]
+    batch = make_batch(policy, accelerator, settings, groups)
+    got, told = gradient(policy, accelerator, settings, batch)
+    assert abs(told["loss"]) < 1e-6
+    assert told["ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert got.norm() > 1e-3
+
+
+def test_a_group_without_a_difference_teaches_nothing_but_keeps_its_share_of_the_divisor(policy, accelerator):
+    settings = config()
+    alone = make_batch(policy, accelerator, settings, [group(2, MIXED[2])])
+    nothing, _ = gradient(policy, accelerator, settings, alone)
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+    one = make_batch(policy, accelerator, settings, [group(0, MIXED[0])])
+    two = make_batch(policy, accelerator, settings, [group(0, MIXED[0]), group(2, MIXED[2])])
+    first, _ = gradient(policy, accelerator, settings, one)
+    half, _ = gradient(policy, accelerator, settings, two)
+    assert (2 * half - first).norm() / first.norm() < 1e-5
+
+
+def test_minibatches_cover_every_row_once_an_epoch(policy, accelerator):
+    settings = config(updates_per_rollout=2, epochs_per_rollout=3, prompts_per_step=2)
+    batch = make_batch(policy, accelerator, settings, [group(i, MIXED[0]) for i in range(2)])
+    assert [list(rows) for rows in minibatches(batch, settings)] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
+
+
+def test_dynamic_sampling_takes_groups_that_are_neither_all_right_nor_all_wrong():
+    groups = [
+        group(0, [1.0, 1.1, 1.0, 1.0], correct=[True] * 4),  # the form differs, the answers do not
+        group(1, [0.1] * 4, correct=[False, None, False, None]),
+        group(2, [0.0, 1.0, 0.0, 0.0], correct=[False, True, False, False]),
+        group(3, [0.0, 0.5, 0.0, 0.0]),  # nothing is judged: what is earned decides
+    ]
+    assert [g.is_informative for g in groups] == [False, False, True, True]
+    on, off = config(dynamic_sampling=True), config(dynamic_sampling=False)
+    assert [g.number for g in choose_groups(groups, 3, on)] == [2, 3, 0]
+    assert [g.number for g in choose_groups(groups, 3, off)] == [0, 1, 2]
+
+
+def test_overlong_completions_are_punished_or_left_out(policy, accelerator):
+    rewards, lengths = [1.0, 0.0, 1.0, 0.0], [LIMIT, 4, 4, 4]
+    groups = [group(0, rewards, lengths=lengths)]
+    plain, _ = credit(groups, config(overlong="none"), accelerator)
+    soft, counted = credit(groups, config(overlong="soft"), accelerator)
+    assert plain[0] == plain[2] > 0
+    assert soft[0] < 0 < soft[2]  # at the limit a right answer earns what a wrong one does
+    assert counted.all()
+    settings = config(overlong="mask", weighting="token")
+    advantages, counted = credit(groups, settings, accelerator)
+    assert counted.tolist() == [False, True, True, True]
+    assert advantages[0] == 0
+    batch = make_batch(policy, accelerator, settings, groups)
+    assert not batch.tensors["completion_mask"][0].any()
+    _, told = gradient(policy, accelerator, settings, batch)
+    assert told["tokens"] == 12
+
+
+def test_rows_tell_every_completion_also_of_groups_left_out():
+    groups = [group(0, [0.1] * 4, correct=[False] * 4), group(1, [0.0, 1.0, 0.0, 0.0])]
+    chosen = choose_groups(groups, 1, config(dynamic_sampling=True))
+    batch = collate(chosen, torch.tensor([-1.0, 3.0, -1.0, -1.0]), torch.ones(4, dtype=torch.bool), 0)
+    rows = rollout_rows(groups, batch, step=7)
+    assert [row["advantage"] for row in rows] == [None] * 4 + [-1.0, 3.0, -1.0, -1.0]
+    assert {row["group"] for row in rows} == {0, 1}
+
+
+def test_presets_fill_what_is_unset_and_flags_win():
+    assert GRPOConfig(algo="dapo").clip_high == 0.28
+    assert GRPOConfig(algo="dapo", clip_high=0.3).clip_high == 0.3
+    assert GRPOConfig(algo="gspo").ratio_level == "sequence"
+    assert all(row.keys() == PRESETS["grpo"].keys() for row in PRESETS.values())
