@@ -120,8 +120,7 @@ def parse_rewards(spec: Mapping[str, float] | None = None) -> RewardSet:
 
     Args:
         spec: weight by name; None is `DEFAULT_REWARDS`. A name is a built-in, `file.py:function`,
-            `model:NAME` or
-            `judge:URL`, with options in brackets: `length_penalty(budget=300)`.
+            `model:NAME` or `judge:URL`, with options in brackets: `length_penalty(budget=300)`.
 
     Raises:
         ValueError: unknown name, function or option, or a weight that is not a finite number.

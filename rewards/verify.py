@@ -25,8 +25,8 @@ class Verdict(NamedTuple):
 
     Attributes:
         correct: None where it could not be decided within the limits; never to be confused with wrong.
-        extracted: the answer that was judged, None where the completion gave none. method: how it was
-        decided: "no answer", "hedged", "number", "text", "algebra", "symbolic", "too long", …
+        extracted: the answer that was judged, None where the completion gave none.
+        method: how it was decided: "no answer", "hedged", "number", "text", "algebra", "symbolic" …
     """
 
     correct: bool | None
