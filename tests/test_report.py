@@ -196,7 +196,7 @@ def test_known_metrics_are_logged_by_the_scripts():
             assert f'"{key}"' in source or f'"{key.partition("/")[2]}"' in source, key
 
 
-SCRIPTS = ("train_grpo.py", "train_sft.py", "losses.py")
+SCRIPTS = ("train_grpo.py", "train_sft.py", "rollouts.py", "losses.py")
 
 
 def test_points_stand_where_the_axes_say(folder):
