@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 BETAS = (0.9, 0.95)
@@ -39,13 +40,66 @@ def make_optimizer(
     inside = {id(p) for n, p in trained if p.ndim == 2 and id(p) not in tables and "lm_head" not in n}
     hidden = [p for p in matrices if id(p) in inside]
     others = [p for p in matrices if id(p) not in inside]
-    muon = Muon(
-        hidden,
-        lr=MUON_FACTOR * learning_rate,
-        weight_decay=weight_decay,
-        adjust_lr_fn="original",
-    )
+    muon = Muon(hidden, MUON_FACTOR * learning_rate, weight_decay)
     return Together([muon, AdamW([{"params": others}, *vectors], **settings)])
+
+
+class Muon(Optimizer):
+    """Momentum whose matrices are orthogonalised before they move the weights (Jordan et al., 2024).
+
+    The update of `torch.optim.Muon(adjust_lr_fn="original")`, which computes in bfloat16, one matrix after
+    another: processors without bfloat16 emulate it. Here matrices of one shape go through together, in
+    float32, in a third of the time on such a machine.
+    """
+
+    MOMENTUM = 0.95
+    # Of the quintic whose iteration drives every singular value to about 1.
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+    ITERATIONS = 5
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """Take the matrices to move; weight decay is decoupled, as in AdamW."""
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Move every matrix that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+            for matrices in by_shape.values():
+                moves = orthogonalize(torch.stack([_lying(self._momentum(matrix)) for matrix in matrices]))
+                for matrix, move in zip(matrices, moves, strict=True):
+                    rows, columns = matrix.shape
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    move = move.T if rows > columns else move
+                    matrix.add_(move, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+    def _momentum(self, matrix: nn.Parameter) -> Tensor:
+        """Nesterov's: the gradient on its way to the running mean, which moves on."""
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+        state["momentum_buffer"].lerp_(matrix.grad, 1 - self.MOMENTUM)
+        return matrix.grad.lerp(state["momentum_buffer"], self.MOMENTUM)
+
+
+def _lying(matrix: Tensor) -> Tensor:
+    """A matrix with no more rows than columns: the smaller side is the one that is multiplied by itself."""
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Each matrix `[N, R, C]` with its singular values driven to about 1, between 0.7 and 1.2."""
+    a, b, c = Muon.COEFFICIENTS
+    moved = matrices.float()
+    moved = moved / moved.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(Muon.ITERATIONS):
+        square = moved @ moved.mT
+        moved = torch.baddbmm(moved, torch.baddbmm(square, square, square, beta=b, alpha=c), moved, beta=a)
+    return moved
 
 
 class Together(Optimizer):

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
 from models import Policy
-from optimizers import MUON_FACTOR, Together, make_optimizer, make_scheduler
+from optimizers import MUON_FACTOR, Muon, Together, make_optimizer, make_scheduler, orthogonalize
 
 
 def names_of(groups, module):
@@ -151,3 +151,37 @@ def test_scheduler_values(name, warmup, total, expected):
         optimizer.step()
         scheduler.step()
     assert seen == pytest.approx([0.1 * factor for factor in expected], abs=1e-12)
+
+
+def test_muon_moves_weights_as_the_one_of_torch_does():
+    shapes = [(6, 6), (6, 6), (4, 6), (16, 6), (6, 16), (16, 6)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        gradients = [[torch.randn(shape) for shape in shapes] for _ in range(4)]
+    theirs = copy.deepcopy(ours)
+    start = [matrix.detach().clone() for matrix in ours]
+    optimizers = (
+        Muon(ours, lr=0.1, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, adjust_lr_fn="original"),
+    )
+    for step in gradients:
+        for matrices, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for matrix, gradient in zip(matrices, step, strict=True):
+                matrix.grad = gradient.clone()
+            optimizer.step()
+    for mine, other, before in zip(ours, theirs, start, strict=True):
+        # Theirs rounds to bfloat16, three digits.
+        assert (mine - other).norm() < 0.02 * (other - before).norm()
+
+
+def test_orthogonalize_keeps_the_singular_vectors_and_evens_the_values():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        matrices = torch.randn(3, 8, 20)
+    moved = orthogonalize(matrices)
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    inner = left.mT @ moved @ right.mT
+    values = inner.diagonal(dim1=-2, dim2=-1)
+    assert ((values > 0.6) & (values < 1.3)).all()
+    torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-5, rtol=0)
