@@ -34,9 +34,10 @@ from optimizers import make_optimizer, make_scheduler
 from prompts import completion_prefix, encode_prompt, render_prompt
 from rewards.shaping import soft_overlong
 from rollouts import Group, RolloutBatch, collate, count, rollout_metrics, rollout_rows, slice_scores
-from runs.config import at_the_door, parse_config, require, run_script
+from runs.config import RunStopped, at_the_door, parse_config, require, run_script
 from runs.folder import Run, open_run
 from runs.signals import stop_on_signal
+from runs.training import TrainingConfig
 from train_sft import SFTConfig
 from train_sft import main as cold_start
 
@@ -75,39 +76,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class GRPOConfig:
-    """Every field is a flag of the same name; a knob that is None takes its value from the preset of
-    `algo`.
-    """
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(TrainingConfig):
+    """Every field is a flag of the same name; a knob that is None takes the value of the preset `algo`."""
 
     model: str = f"{COLD_START.output}/final"
-    """A model folder or a Hub name. The default is the cold start's result; where there is none yet, one is
-    run first.
-    """
-    data: str = "arithmetic"
-    """A built-in task (arithmetic, word_problems, countdown), gsm8k, math, openr1-math, a Hub name, a file or
-    a folder.
-    """
+    """A model folder or a Hub name. The default is the cold start's; where there is none, it is run first."""
     output: str = "outputs/grpo"
-    """The run's folder."""
-    seed: int = 0
-    """Of generated problems, of their order and of sampling."""
 
-    data_options: dict[str, Any] = field(default_factory=dict)
-    """Options of a built-in task, such as '{high: 999}'."""
-    question_column: str | None = None
-    """The data's column with the question; guessed from the usual names if not given."""
-    answer_column: str | None = None
-    """The data's column with the answer; guessed from the usual names if not given."""
-    limit: int | None = None
-    """Train on at most this many problems."""
-    max_prompt_tokens: int = 1024
-    """Problems with a longer prompt are left out, and counted."""
-    system_prompt: str | None = None
-    """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
-
-    total_steps: int = 150
+    total_steps: int = 120
     """Rollouts; each is followed by `updates_per_rollout` x `epochs_per_rollout` optimizer steps."""
     prompts_per_step: int = 32
     """Prompts in a rollout, over all processes."""
@@ -159,47 +136,23 @@ class GRPOConfig:
     epochs_per_rollout: int | None = None
     """How often each minibatch is used."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the matrices inside the layers."""
     learning_rate: float = 4e-4
     """The highest; 4e-4 suits the tiny model, 1e-6 a pretrained one."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls after the warm-up."""
     warmup_steps: int = 5
-    """Optimizer steps in which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """Of matrices; norms and biases are left alone."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    micro_batch_tokens: int = 16384
-    """Tokens (padding included) that go through the model at once: lower it when memory runs out; the
-    gradient stays.
-    """
 
-    eval_every: int = 25
-    """Steps between evaluations on the validation split; 0 for none."""
-    eval_limit: int = 200
-    """Validation problems in an evaluation."""
-    save_every: int = 50
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """How many of them stay."""
-    resume: str = "auto"
-    """auto: go on if the run's folder has a checkpoint; never: start over; or a checkpoint's folder."""
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where metrics go besides `metrics.jsonl`."""
+    eval_every: int = 30
+    save_every: int = 60
 
     def __post_init__(self) -> None:
         """Fill the preset in, then refuse what cannot train."""
         for knob, value in PRESETS[self.algo].items():
             if getattr(self, knob) is None:
                 object.__setattr__(self, knob, value)
-        require(self, "total_steps", "prompts_per_step", "group_size", "max_prompt_tokens", at_least=1)
-        require(self, "max_completion_tokens", "updates_per_rollout", "epochs_per_rollout", at_least=1)
-        require(self, "micro_batch_tokens", "eval_limit", "save_every", "keep_checkpoints", at_least=1)
-        require(self, "seed", "eval_every", "warmup_steps", "weight_decay", "kl_coef", "clip_low", at_least=0)
-        require(self, "max_refills", at_least=0)
-        require(self, "learning_rate", "max_grad_norm", "temperature", "clip_high", above=0)
+        super().__post_init__()
+        require(self, "prompts_per_step", "group_size", "max_completion_tokens", at_least=1)
+        require(self, "updates_per_rollout", "epochs_per_rollout", at_least=1)
+        require(self, "kl_coef", "clip_low", "max_refills", at_least=0)
+        require(self, "temperature", "clip_high", above=0)
         if self.group_size < 2:
             raise ValueError(
                 f"group_size must be >= 2 with baseline={self.baseline!r}, got {self.group_size}: "
@@ -281,18 +234,34 @@ def sample_step(
 ) -> list[Group]:
     """This process' groups of a step: one rollout, or with dynamic sampling as many as it takes until every
     process has enough groups that teach something. All processes leave together.
+
+    Raises:
+        RunStopped: a reward broke its promise, on whatever process; the run stands where it stood before.
     """
     share = config.prompts_per_step // run.accelerator.num_processes
     first = run.accelerator.process_index * share
+    position = run.drawn
     groups: list[Group] = []
     for refill in range(1 + config.dynamic_sampling * config.max_refills):
         drawn = take(problems, config.seed, run.drawn + first, share)
         run.drawn += config.prompts_per_step
         number = refill * config.prompts_per_step + first
-        with run.accelerator.autocast():
-            groups += roll_out(engine, tokenizer, drawn, reward_set, config, run.step, number)
+        broken = None
+        try:
+            with run.accelerator.autocast():
+                groups += roll_out(engine, tokenizer, drawn, reward_set, config, run.step, number)
+        except rewards.RewardError as error:
+            broken = str(error)
         informative = sum(group.is_informative for group in groups)
-        if min(gather_object([informative])) >= share:
+        counts, errors = zip(*gather_object([(informative, broken)]), strict=True)
+        if any(errors):
+            run.drawn = position
+            run.checkpoint()
+            raise RunStopped(
+                f"{next(filter(None, errors))}. {run.step} steps are saved; mend the function, and the same "
+                "command goes on"
+            )
+        if min(counts) >= share:
             break
     return groups
 
@@ -472,7 +441,7 @@ def load_training_problems(config: GRPOConfig, tokenizer: Any, gold: bool) -> tu
         ValueError: nothing is left to train on.
     """
     problems = load_problems(
-        config.data, "train", limit=config.limit, require_gold=gold, **data_arguments(config)
+        config.data, "train", limit=config.limit, require_gold=gold, **config.data_arguments()
     )
     kept = [p for p in problems if len(encode_prompt(tokenizer, p.question)) <= config.max_prompt_tokens]
     left_out = len(problems) - len(kept)
@@ -506,12 +475,6 @@ def check_share(config: GRPOConfig, processes: int) -> None:
         )
 
 
-def data_arguments(config: GRPOConfig) -> dict[str, Any]:
-    """What `load_problems` is given for every split."""
-    columns = {"question_column": config.question_column, "answer_column": config.answer_column}
-    return {"seed": config.seed, "options": config.data_options, **columns}
-
-
 def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int:
     """Run the cold start if the default model is asked for and not there yet. Returns the exit code."""
     if config.model != GRPOConfig.model or (Path(config.model) / "config.json").is_file():
@@ -540,7 +503,7 @@ def main(config: GRPOConfig) -> int:
         tokenizer = load_tokenizer(source, config.system_prompt)
         train, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
         held_out = (
-            load_problems(config.data, "validation", **data_arguments(config)) if config.eval_every else []
+            load_problems(config.data, "validation", **config.data_arguments()) if config.eval_every else []
         )
         model = load_model(source, config.seed)
         reference = Policy(load_model(config.model)).requires_grad_(False) if config.kl_coef else None

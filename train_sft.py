@@ -11,7 +11,7 @@ processes.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -29,83 +29,40 @@ from prompts import encode_prompt
 from runs.config import at_the_door, parse_config, require, run_script
 from runs.folder import Run, open_run
 from runs.signals import stop_on_signal
+from runs.training import TrainingConfig
 
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
 
 
-@dataclass(frozen=True)
-class SFTConfig:
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainingConfig):
     """Every field is a flag of the same name."""
 
     model: str = TINY
     """`tiny` (the built-in model, fresh weights), a model folder, or a name on the Hugging Face Hub."""
-    data: str = "arithmetic"
-    """A built-in task (arithmetic, word_problems, countdown), gsm8k, math, openr1-math, a Hub name, a file or
-    a folder.
-    """
     output: str = "outputs/sft"
-    """The run's folder."""
-    seed: int = 0
-    """Of fresh weights, of generated problems and of their order."""
-
-    data_options: dict[str, Any] = field(default_factory=dict)
-    """Options of a built-in task, such as '{high: 999, slip_rate: 0}'."""
-    question_column: str | None = None
-    """The data's column with the question; guessed from the usual names if not given."""
-    answer_column: str | None = None
-    """The data's column with the answer; guessed from the usual names if not given."""
-    limit: int | None = None
-    """Train on at most this many problems."""
-    max_prompt_tokens: int = 1024
-    """Examples with a longer prompt are left out, and counted."""
     max_completion_tokens: int = 1024
     """Examples with a longer completion are left out, and counted: a cut one would teach not to finish."""
-    system_prompt: str | None = None
-    """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
 
-    total_steps: int = 800
+    total_steps: int = 750
     """Optimizer steps."""
     examples_per_step: int = 64
     """Examples in a step, over all processes."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon learns a model from nothing in far fewer steps; adamw suits a pretrained one."""
     learning_rate: float = 5e-3
     """The highest; 5e-3 suits the tiny model, 1e-5 a pretrained one."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls after the warm-up."""
     warmup_steps: int = 50
-    """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.01
-    """Of matrices; norms and biases are left alone."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    micro_batch_tokens: int = 16384
-    """Tokens (padding included) that go through the model at once: lower it when memory runs out; the
-    gradient stays.
-    """
 
-    eval_every: int = 200
-    """Steps between evaluations on the validation split; 0 for none."""
-    eval_limit: int = 200
-    """Validation problems in an evaluation."""
-    save_every: int = 400
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """How many of them stay."""
-    resume: str = "auto"
-    """auto: go on if the run's folder has a checkpoint; never: start over; or a checkpoint's folder."""
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where metrics go besides `metrics.jsonl`."""
+    eval_every: int = 250
+    save_every: int = 250
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
-        require(
-            self, "total_steps", "examples_per_step", "max_prompt_tokens", "max_completion_tokens", at_least=1
-        )
-        require(self, "micro_batch_tokens", "eval_limit", "save_every", "keep_checkpoints", at_least=1)
-        require(self, "seed", "eval_every", "warmup_steps", "weight_decay", at_least=0)
-        require(self, "learning_rate", "max_grad_norm", above=0)
+        super().__post_init__()
+        require(self, "examples_per_step", "max_completion_tokens", at_least=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,8 +123,7 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
             return 0
         source = str(start.checkpoint or config.model)
         tokenizer = load_tokenizer(source, config.system_prompt)
-        load = {"question_column": config.question_column, "answer_column": config.answer_column}
-        load |= {"seed": config.seed, "options": config.data_options}
+        load = config.data_arguments()
         problems = load_problems(config.data, "cold_start", limit=config.limit, **load)
         examples, told = encode_examples(problems, tokenizer, config)
         held_out = (

@@ -11,6 +11,7 @@ import inspect
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,7 +290,11 @@ def call_reward(reward: Reward, completions: list[str], columns: Mapping[str, An
     except RewardError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a user's function raises is reported under its name
-        raise RewardError(f"reward {reward.name!r} raised {type(error).__name__}: {error}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}, line {where.lineno}"
+        raise RewardError(
+            f"reward {reward.name!r} raised {type(error).__name__}: {error} ({place})"
+        ) from error
     return _checked(reward.name, values, completions)
 
 

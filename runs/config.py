@@ -100,6 +100,10 @@ class UserError(ValueError):
     """A mistake in what the user gave; the message says what was got, what is allowed and what to do."""
 
 
+class RunStopped(Exception):
+    """A run that cannot go on, its checkpoint written; the message says why and what to do."""
+
+
 @contextmanager
 def at_the_door() -> Iterator[None]:
     """Mark what is raised while input is checked as the user's mistake, so that it ends in a message, not a
@@ -112,8 +116,8 @@ def at_the_door() -> Iterator[None]:
 
 
 def run_script(main: Callable[[Any], int | None], parse: Callable[[], Any]) -> None:
-    """Parse and run; a `UserError` prints one message and exits 2, anything else that is raised is a bug and
-    shows itself.
+    """Parse and run. A `UserError` prints one message and exits 2, a `RunStopped` one and exits 1; anything
+    else that is raised is a bug of ours and shows itself.
 
     Args:
         main: takes the configuration and returns the exit code (None is 0).
@@ -123,9 +127,9 @@ def run_script(main: Callable[[Any], int | None], parse: Callable[[], Any]) -> N
         with at_the_door():
             config = parse()
         code = main(config)
-    except UserError as error:
+    except (UserError, RunStopped) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     raise SystemExit(code or 0)
 
 

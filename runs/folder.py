@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -65,10 +66,11 @@ def open_run(config: Any) -> Start:
         config: has `output`, `resume` ("auto", "never", or a checkpoint's folder) and `total_steps`.
 
     Raises:
-        ValueError: the folder holds a run of another configuration.
+        ValueError: the folder cannot be written, or holds a run of another configuration.
         FileNotFoundError: `resume` names a folder that is no whole checkpoint.
     """
     folder = Path(config.output)
+    _require_writable(folder)
     if config.resume == "never":
         return Start(folder, None, is_finished=False)
     if config.resume != "auto":
@@ -137,6 +139,16 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse a folder that could not be made: it would be noticed only after the model is loaded."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"output {str(folder)!r} cannot be written: {there} is no folder, or not yours to write; "
+            "give another --output"
+        )
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

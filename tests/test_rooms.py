@@ -24,6 +24,7 @@ ROOMS = {
     "rollouts": ["batches", "data", "inference", "prompts", "rewards"],
     "runs": ["models", "runs.*"],
     "runs.config": [],
+    "runs.training": ["runs.config"],
     # Engines: tokens in, tokens out.
     "inference": [],
     "inference.sampling": ["inference"],

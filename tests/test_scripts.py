@@ -199,6 +199,44 @@ def test_a_killed_run_resumes_to_the_same_bits(train, quick, changes, tmp_path, 
     assert [line["step"] for line in lines(tmp_path / "killed" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+COUNTING_REWARD = """
+from pathlib import Path
+
+calls = 0
+
+
+def odd(completions):
+    global calls
+    calls += 1
+    if calls == 3 and Path(__file__).with_name("broken").exists():
+        raise ZeroDivisionError("no third call")
+    return [len(completion) % 7 for completion in completions]
+"""
+
+
+def test_a_broken_reward_stops_the_run_with_a_checkpoint_that_goes_on_once_it_is_mended(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(COUNTING_REWARD)
+    changes = {"rewards": {f"{tmp_path}/mine.py:odd": 1.0}, "eval_every": 0, "save_every": 4}
+    assert train_grpo(quick_grpo(tmp_path / "whole", **changes)) == 0
+    (tmp_path / "broken").touch()
+    with pytest.raises(SystemExit) as exit_:
+        run_script(train_grpo, lambda: quick_grpo(tmp_path / "stopped", **changes))
+    assert exit_.value.code == 1
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    for word in ("mine.py:odd", "ZeroDivisionError: no third call", "mine.py, line 11", "2 steps are saved"):
+        assert word in message
+    (tmp_path / "broken").unlink()
+    assert train_grpo(quick_grpo(tmp_path / "stopped", **changes)) == 0
+    assert same(weights(tmp_path / "whole" / "final"), weights(tmp_path / "stopped" / "final"))
+    assert len(lines(tmp_path / "stopped" / "rollouts.jsonl")) == 4 * 16
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output '.*file/run' cannot be written: .*file is no folder"):
+        train_sft(quick_sft(tmp_path / "file" / "run"))
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "train_sft.py", "--output", str(tmp_path / "run"), "--total_steps", "40"]

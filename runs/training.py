@@ -1,0 +1,77 @@
+"""What every training script can be told, whatever it learns from: the fields that its own configuration
+inherits.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from runs.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The fields that the training scripts share; a script's own defaults replace those given here."""
+
+    model: str
+    """A model folder, or a name on the Hugging Face Hub."""
+    data: str = "arithmetic"
+    """A task (arithmetic, word_problems, countdown), gsm8k, math, openr1-math, a Hub name or a path."""
+    output: str
+    """The run's folder."""
+    seed: int = 0
+    """Of fresh weights, of generated problems, of their order and of sampling."""
+
+    data_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a built-in task, such as '{high: 999}'."""
+    question_column: str | None = None
+    """The data's column with the question; guessed from the usual names if not given."""
+    answer_column: str | None = None
+    """The data's column with the answer; guessed from the usual names if not given."""
+    limit: int | None = None
+    """Train on at most this many problems."""
+    max_prompt_tokens: int = 1024
+    """Problems with a longer prompt are left out, and counted."""
+    system_prompt: str | None = None
+    """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
+
+    total_steps: int
+    """How long to train."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon learns a model from nothing in far fewer steps; adamw suits a pretrained one."""
+    learning_rate: float
+    """The highest of the schedule."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Of matrices; norms and biases are left alone."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch_tokens: int = 16384
+    """Tokens (padding included) that go through the model at once; fewer save memory, the gradient stays."""
+
+    eval_every: int
+    """Steps between evaluations on the validation split; 0 for none."""
+    eval_limit: int = 200
+    """Validation problems in an evaluation."""
+    save_every: int
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of them stay."""
+    resume: str = "auto"
+    """auto: go on if the run's folder has a checkpoint; never: start over; or a checkpoint's folder."""
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where metrics go besides `metrics.jsonl`."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot train."""
+        require(self, "total_steps", "max_prompt_tokens", "micro_batch_tokens", at_least=1)
+        require(self, "eval_limit", "save_every", "keep_checkpoints", at_least=1)
+        require(self, "seed", "eval_every", "warmup_steps", "weight_decay", at_least=0)
+        require(self, "learning_rate", "max_grad_norm", above=0)
+
+    def data_arguments(self) -> dict[str, Any]:
+        """What `data.load_problems` is given for every split."""
+        columns = {"question_column": self.question_column, "answer_column": self.answer_column}
+        return {"seed": self.seed, "options": self.data_options, **columns}
