@@ -86,7 +86,7 @@ def group_advantages(
     if scale == "group":
         advantages = advantages / (groups.std(1, keepdim=True) + eps)
     elif scale == "batch":
-        batch_std = _mean_and_std(moments(rewards) if batch_moments is None else batch_moments)[1]
+        batch_std = mean_and_std(moments(rewards) if batch_moments is None else batch_moments)[1]
         advantages = advantages / (batch_std + eps)
     # By the range and not by the std: the mean of equal floats may be off by a rounding, and so not cancel.
     all_equal = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True) == 0
@@ -174,7 +174,7 @@ def whiten(
     _check_shapes(advantages=advantages, completion_mask=completion_mask)
     if batch_moments is None:
         batch_moments = moments(advantages, completion_mask)
-    mean, std = _mean_and_std(batch_moments)
+    mean, std = mean_and_std(batch_moments)
     advantages = advantages.to(_compute_dtype(advantages))
     return torch.where(completion_mask.bool(), (advantages - mean) / (std + eps), 0)
 
@@ -196,7 +196,8 @@ def moments(values: Tensor, mask: Tensor | None = None) -> Tensor:
     )
 
 
-def _mean_and_std(batch_moments: Tensor) -> tuple[float, float]:
+def mean_and_std(batch_moments: Tensor) -> tuple[float, float]:
+    """Mean and sample std (ddof=1) from `moments`, of one rank or summed over all."""
     count, total, squares = batch_moments.tolist()
     mean = total / max(count, 1)
     return mean, (max(squares - total * mean, 0.0) / max(count - 1, 1)) ** 0.5

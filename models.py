@@ -5,9 +5,11 @@ A model folder is an ordinary Hugging Face folder: safetensors, config, generati
 chat template. Whatever is saved here loads in plain transformers.
 """
 
+import copy
 import importlib.util
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -79,8 +81,9 @@ def build_tiny(seed: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     config = Qwen2Config(
         vocab_size=320,  # the tokenizer's 275, rounded up: kernels like multiples of 64
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
+        # Depth, not width: with 2 layers of 384 instead, luck decides when sums are understood.
+        intermediate_size=128,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
@@ -219,23 +222,49 @@ def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accele
     )
 
 
-class Policy(nn.Module):
-    """The one module given to `accelerator.prepare`: log-probabilities of completions under the model.
+class Critic(nn.Module):
+    """A value for every state: what reward a completion will earn from here on.
 
-    Calling a backbone and a head apart would go around the hooks of DDP and leave gradients unreduced; here
-    both are
-    called inside one forward.
+    Attributes:
+        trunk: its own copy of the policy's decoder, or None where it reads the policy's states.
+        head: from a state to its value; zero at first, so that the first advantages are plain rewards.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kind: Literal["shared", "separate"]) -> None:
+        """Build it beside a causal language model."""
+        super().__init__()
+        decoder = model.get_decoder()
+        self.trunk = copy.deepcopy(decoder) if kind == "separate" else None
+        self.head = nn.Linear(model.get_output_embeddings().in_features, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.to(next(decoder.parameters()).device)
+
+    def forward(self, states: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
+        """Values `[B, P+T]` of the policy's states `[B, P+T, H]`, or of its own trunk's."""
+        if self.trunk is not None:
+            states = self.trunk(**inputs).last_hidden_state
+        return self.head(states.to(self.head.weight.dtype)).squeeze(-1).float()
+
+
+class Policy(nn.Module):
+    """The one module given to `accelerator.prepare`: log-probabilities of completions under the model, and
+    with a critic the values of the states they passed through.
+
+    Calling a backbone and a head apart would go around the hooks of DDP and leave gradients unreduced; here
+    all are called inside one forward.
+    """
+
+    def __init__(self, model: nn.Module, critic: Literal["shared", "separate"] | None = None) -> None:
         """Wrap a Hugging Face causal language model."""
         super().__init__()
         self.model = model
+        self.critic = Critic(model, critic) if critic else None
         self.has_plain_head = _has_plain_head(model)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Score the completions of a batch laid out by `pad_batch`.
 
         Args:
@@ -245,7 +274,8 @@ class Policy(nn.Module):
             temperature: of sampling; the logits are divided by it.
 
         Returns:
-            logprobs and entropy, `[B, T]` float32; outside the mask they mean nothing.
+            logprobs and entropy of each token, and the value of the state before it (None without a critic),
+            `[B, T]` float32; outside the mask they mean nothing.
         """
         length = completion_mask.shape[1]
         targets = input_ids[:, -length:]
@@ -256,15 +286,23 @@ class Policy(nn.Module):
             "use_cache": False,
         }
         # What stands at a position predicts the next token, hence one more and all but the last.
+        before = slice(-length - 1, -1)
         if self.has_plain_head:
-            hidden = self.model.get_decoder()(**inputs).last_hidden_state[:, -length - 1 : -1]
-            return token_logprobs(hidden, self.model.get_output_embeddings().weight, targets, temperature)
-        # All logits at once, `[B, T, V]`: more memory, but whatever the library does to them is in them.
-        logits = self.model(**inputs, logits_to_keep=length + 1).logits[:, -length - 1 : -1]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        all_logprobs = (logits / temperature).log_softmax(-1)
-        entropy = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
-        return all_logprobs.gather(-1, targets[..., None]).squeeze(-1), entropy
+            states = self.model.get_decoder()(**inputs).last_hidden_state
+            head = self.model.get_output_embeddings().weight
+            logprobs, entropy = token_logprobs(states[:, before], head, targets, temperature)
+        else:
+            # All logits at once, `[B, T, V]`: more memory, but whatever the library does to them is in them.
+            keeps_states = self.critic is not None
+            output = self.model(**inputs, logits_to_keep=length + 1, output_hidden_states=keeps_states)
+            states = output.hidden_states[-1] if keeps_states else None
+            logits = output.logits[:, before]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            all_logprobs = (logits / temperature).log_softmax(-1)
+            entropy = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
+            logprobs = all_logprobs.gather(-1, targets[..., None]).squeeze(-1)
+        values = self.critic(states, inputs)[:, before] if self.critic is not None else None
+        return logprobs, entropy, values
 
 
 @torch.no_grad()

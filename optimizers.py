@@ -18,7 +18,11 @@ MUON_FACTOR = 4.0
 
 
 def make_optimizer(
-    policy: nn.Module, name: Literal["adamw", "muon"], learning_rate: float, weight_decay: float
+    policy: nn.Module,
+    name: Literal["adamw", "muon"],
+    learning_rate: float,
+    weight_decay: float,
+    critic_learning_rate: float | None = None,
 ) -> Optimizer:
     """The optimizer of the trained parameters.
 
@@ -27,13 +31,18 @@ def make_optimizer(
         name: "adamw"; or "muon", which takes the matrices inside the layers and leaves the rest to AdamW.
         learning_rate: AdamW's highest; Muon's is `MUON_FACTOR` times that.
         weight_decay: of matrices; norms and biases have no business at zero.
+        critic_learning_rate: of everything in `policy.critic`, by AdamW; needed where there is one.
     """
-    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    critic = [p for name, p in named if name.startswith("critic.")]
+    trained = [(name, p) for name, p in named if not name.startswith("critic.")]
     matrices = [p for _, p in trained if p.ndim >= 2]
-    vectors = [{"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    apart = [{"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    if critic:
+        apart.append({"params": critic, "weight_decay": 0.0, "lr": critic_learning_rate})
     settings = {"lr": learning_rate, "betas": BETAS, "weight_decay": weight_decay, "fused": True}
     if name == "adamw":
-        return AdamW([{"params": matrices}, *vectors], **settings)
+        return AdamW([{"params": matrices}, *apart], **settings)
     # Rows of an embedding or head are separate directions, one a token: nothing to orthogonalise.
     # By type, not by name: GPT-2 calls its embeddings wte and wpe, and a tied head is one of them.
     tables = {id(module.weight) for module in policy.modules() if isinstance(module, nn.Embedding)}
@@ -41,7 +50,7 @@ def make_optimizer(
     hidden = [p for p in matrices if id(p) in inside]
     others = [p for p in matrices if id(p) not in inside]
     muon = Muon(hidden, MUON_FACTOR * learning_rate, weight_decay)
-    return Together([muon, AdamW([{"params": others}, *vectors], **settings)])
+    return Together([muon, AdamW([{"params": others}, *apart], **settings)])
 
 
 class Muon(Optimizer):

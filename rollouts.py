@@ -3,7 +3,7 @@ lines.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from batches import pad_batch
 from data import Problem
-from inference import Completion
-from prompts import parse_completion
-from rewards import Scores
+from inference import Completion, Engine, SamplingParams
+from prompts import completion_prefix, encode_prompt, parse_completion, render_prompt
+from rewards import RewardSet, Scores, score
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,78 @@ class Group:
         return max(values) != min(values)
 
 
+def roll_out(
+    engine: Engine,
+    tokenizer: Any,
+    problems: list[Problem],
+    reward_set: RewardSet,
+    config: Any,
+    step: int,
+    first_prompt: int,
+) -> list[Group]:
+    """Sample a group of completions for each problem and score them.
+
+    Args:
+        engine: samples with the policy as it is now.
+        tokenizer: of the policy.
+        problems: this process' share of the step's problems.
+        reward_set: scores whole groups.
+        config: a `train_grpo.GRPOConfig`.
+        step: keys the random numbers, with the seed.
+        first_prompt: the number of the first problem among all that the step asks.
+    """
+    size = config.group_size
+    prompts = [render_prompt(tokenizer, problem.question) for problem in problems]
+    prompt_ids = [encode_prompt(tokenizer, problem.question) for problem in problems]
+    params = SamplingParams(config.max_completion_tokens, config.temperature)
+    sampled = engine.generate(prompt_ids, size, params, (config.seed, step), first_prompt)
+
+    def each(values: list[Any]) -> list[Any]:
+        return [value for value in values for _ in range(size)]
+
+    token_ids = [completion.token_ids for completions in sampled for completion in completions]
+    decoded = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    texts = [completion_prefix(prompt) + text for prompt, text in zip(each(prompts), decoded, strict=True)]
+    names = sorted({name for problem in problems for name in problem.columns})
+    columns = {name: each([problem.columns.get(name) for problem in problems]) for name in names}
+    columns |= {
+        "prompts": each(prompts),
+        "completion_ids": token_ids,
+        "gold": each([p.gold for p in problems]),
+    }
+    columns |= {"group_size": size, "max_completion_tokens": config.max_completion_tokens}
+    scores = score(reward_set, texts, columns)
+    return [
+        Group(
+            number=first_prompt + i,
+            problem=problem,
+            prompt_ids=prompt_ids[i],
+            completions=sampled[i],
+            texts=texts[i * size : (i + 1) * size],
+            scores=slice_scores(scores, i * size, (i + 1) * size),
+        )
+        for i, problem in enumerate(problems)
+    ]
+
+
+def group_state(group: Group) -> dict[str, Any]:
+    """A group as plain values, as far as an update reads it: what a checkpoint can hold."""
+    return {
+        "number": group.number,
+        "prompt_ids": list(group.prompt_ids),
+        "completions": [asdict(completion) for completion in group.completions],
+        "texts": group.texts,
+        "scores": asdict(group.scores),
+    }
+
+
+def restore_group(state: dict[str, Any]) -> Group:
+    """The group of a `group_state`, without its question."""
+    completions = [Completion(**completion) for completion in state["completions"]]
+    scores = Scores(**state["scores"])
+    return Group(state["number"], Problem("", None), state["prompt_ids"], completions, state["texts"], scores)
+
+
 def slice_scores(scores: Scores, start: int, stop: int) -> Scores:
     """The scores of some neighbours."""
     return Scores(
@@ -64,8 +136,9 @@ class RolloutBatch:
 
     groups: list[Group]
     lengths: list[tuple[int, int]]  # (prompt tokens, completion tokens) of every row
-    tensors: dict[str, Tensor]  # input_ids and attention_mask [B, P+T]; completion_mask, *_logprobs [B, T]
-    advantages: Tensor  # [B]
+    # input_ids and attention_mask [B, P+T]; completion_mask, *_logprobs, values and returns [B, T]
+    tensors: dict[str, Tensor]
+    advantages: Tensor  # [B, T], zero until they are known
 
     def select(self, rows: list[int], device: torch.device) -> dict[str, Tensor]:
         """The tensors of some rows on a device, with the padding trimmed that these rows do not need."""
@@ -80,22 +153,23 @@ class RolloutBatch:
         }
 
 
-def collate(groups: list[Group], advantages: Tensor, counted: Tensor, pad_token_id: int) -> RolloutBatch:
+def collate(groups: list[Group], pad_token_id: int, drop_truncated: bool = False) -> RolloutBatch:
     """Lay groups out as tensors.
 
     Args:
         groups: of this process, all of one size.
-        advantages: `[B]`.
-        counted: `[B]` bool; a completion that does not count leaves the loss and its divisors.
         pad_token_id: the filler; masks never look at it.
+        drop_truncated: take completions that were cut off at the limit out of the loss and its divisors.
     """
     pairs = [(group.prompt_ids, completion) for group in groups for completion in group.completions]
     tensors = pad_batch([p for p, _ in pairs], [c.token_ids for _, c in pairs], pad_token_id)
     tensors["sampling_logprobs"] = torch.zeros(tensors["completion_mask"].shape)
     for row, (_, completion) in enumerate(pairs):
         tensors["sampling_logprobs"][row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
-    tensors["completion_mask"] &= counted[:, None]
-    return RolloutBatch(groups, [(len(p), len(c.token_ids)) for p, c in pairs], tensors, advantages)
+        if drop_truncated and completion.finish_reason == "length":
+            tensors["completion_mask"][row] = False
+    lengths = [(len(p), len(c.token_ids)) for p, c in pairs]
+    return RolloutBatch(groups, lengths, tensors, torch.zeros(tensors["completion_mask"].shape))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -152,11 +226,12 @@ def rollout_rows(groups: Sequence[Group], batch: RolloutBatch, step: int) -> lis
 
     Args:
         groups: all that were sampled.
-        batch: those that are learned from; the others' advantage is null.
+        batch: those that are learned from, with the mean advantage of their tokens; the others' is null.
         step: steps done.
     """
-    advantages = iter(batch.advantages.tolist())
-    learned = {group.number: [next(advantages) for _ in group.texts] for group in batch.groups}
+    counted = batch.tensors["completion_mask"].sum(1).clamp(min=1)
+    means = iter((batch.advantages.sum(1) / counted).tolist())
+    learned = {id(group): [next(means) for _ in group.texts] for group in batch.groups}
     return [
         {
             "step": step,
@@ -168,7 +243,7 @@ def rollout_rows(groups: Sequence[Group], batch: RolloutBatch, step: int) -> lis
             "rewards": {name: values[i] for name, values in group.scores.parts.items()},
             "correct": group.scores.correct[i],
             "extracted": group.scores.extracted[i],
-            "advantage": learned[group.number][i] if group.number in learned else None,
+            "advantage": learned[id(group)][i] if id(group) in learned else None,
             "tokens": len(group.completions[i].token_ids),
             "finish_reason": group.completions[i].finish_reason,
         }

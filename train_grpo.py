@@ -12,34 +12,40 @@ of the update (their gradient is zero), and the KL's estimator is corrected so t
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 
 import rewards
-from batches import micro_batches
+from credit import credit, explained_variance
 from data import Problem, load_problems, take
 from exam import hold_shared_exam
 from inference import SamplingParams
 from inference.engine import TorchEngine
-from losses import group_advantages, kl_penalty, loss_weights, moments, policy_loss
 from models import Policy, load_model, load_tokenizer, make_accelerator
 from optimizers import make_optimizer, make_scheduler
-from prompts import completion_prefix, encode_prompt, render_prompt
-from rewards.shaping import soft_overlong
-from rollouts import Group, RolloutBatch, collate, count, rollout_metrics, rollout_rows, slice_scores
+from prompts import encode_prompt
+from rollouts import (
+    Group,
+    RolloutBatch,
+    collate,
+    count,
+    group_state,
+    restore_group,
+    roll_out,
+    rollout_metrics,
+    rollout_rows,
+)
 from runs.config import RunStopped, at_the_door, parse_config, require, run_script
-from runs.folder import Run, open_run
+from runs.folder import Run, Start, open_run
 from runs.signals import stop_on_signal
 from runs.training import TrainingConfig
 from train_sft import SFTConfig
 from train_sft import main as cold_start
+from updates import minibatches, score_rollout, update, update_metrics
 
 COLD_START = SFTConfig()
 
@@ -57,13 +63,21 @@ _GRPO: dict[str, Any] = {
     "clip_high": 0.2,
     "weighting": "sequence",
     "kl_coef": 0.0,
+    "kl_placement": "loss",
     "kl_estimator": "k3_corrected",
     "dynamic_sampling": False,
     "overlong": "none",
+    "wrong_reward": 0.0,
+    "length_alpha": 0.0,
+    "difficulty": "none",
     "updates_per_rollout": 1,
     "epochs_per_rollout": 1,
 }
+_KL_IN_REWARD = {"kl_placement": "reward", "kl_estimator": "k1"}
 PRESETS: dict[str, dict[str, Any]] = {
+    "ppo": _GRPO
+    | {"baseline": "critic", "scale": "batch", "weighting": "token", "kl_coef": 0.01}
+    | {**_KL_IN_REWARD, "updates_per_rollout": 4},
     "grpo": _GRPO | {"kl_coef": 0.04},
     "dr_grpo": _GRPO | {"scale": "none", "weighting": "constant"},
     "dapo": _GRPO
@@ -71,8 +85,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"dynamic_sampling": True, "overlong": "soft"},
     "gspo": _GRPO
     | {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "updates_per_rollout": 4},
-    "rloo": _GRPO | {"baseline": "leave_one_out", "scale": "none", "weighting": "constant"},
+    "grpo_lead": _GRPO
+    | {"dynamic_sampling": True}
+    | {"wrong_reward": -1.0, "length_alpha": 0.05, "difficulty": "logistic"},
+    "rloo": _GRPO | {"baseline": "leave_one_out", "scale": "none", "weighting": "constant", **_KL_IN_REWARD},
     "cispo": _GRPO | {"surrogate": "cispo", "clip_high": 5.0, "weighting": "token"},
+}
+# Sampling that leaves nothing out.
+FULL_SAMPLING = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+# What only a critic reads; filled in where there is one, refused where there is none.
+CRITIC: dict[str, Any] = {
+    "critic": "shared",
+    "critic_warmup_steps": 0,
+    "critic_learning_rate": 1e-3,
+    "value_coef": 0.5,
+    "value_clip": 0.2,
+    "gamma": 1.0,
+    "lam": 0.95,
 }
 
 
@@ -84,7 +114,7 @@ class GRPOConfig(TrainingConfig):
     """A model folder or a Hub name. The default is the cold start's; where there is none, it is run first."""
     output: str = "outputs/grpo"
 
-    total_steps: int = 120
+    total_steps: int = 100
     """Rollouts; each is followed by `updates_per_rollout` x `epochs_per_rollout` optimizer steps."""
     prompts_per_step: int = 32
     """Prompts in a rollout, over all processes."""
@@ -94,13 +124,19 @@ class GRPOConfig(TrainingConfig):
     """Tokens a completion at most, the EOS included."""
     temperature: float = 1.0
     """Of sampling; the update scores under the same temperature."""
+    top_k: int = 0
+    """Must stay 0: what a sampler leaves out, an update cannot score. Likewise top_p and min_p."""
+    top_p: float = 1.0
+    """Must stay 1."""
+    min_p: float = 0.0
+    """Must stay 0."""
     rewards: dict[str, float] = field(default_factory=lambda: dict(rewards.DEFAULT_REWARDS))
     """Weight by name: built-in rewards, or file.py:function."""
 
-    algo: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "cispo"] = "grpo"
+    algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "grpo_lead", "rloo", "cispo"] = "grpo"
     """The preset that fills the knobs below."""
-    baseline: Literal["group", "leave_one_out"] | None = None
-    """What a reward is compared with: its group's mean, or the mean of the others in it."""
+    baseline: Literal["critic", "group", "leave_one_out"] | None = None
+    """What a reward is compared with: a critic's value, its group's mean, or the others' mean."""
     scale: Literal["group", "batch", "none"] | None = None
     """What the difference is divided by: the standard deviation of the group, of the batch, or nothing."""
     ratio_level: Literal["token", "sequence"] | None = None
@@ -108,148 +144,237 @@ class GRPOConfig(TrainingConfig):
     surrogate: Literal["clip", "cispo"] | None = None
     """The clipped objective, or CISPO's capped weight on the log-probability."""
     clip_low: float | None = None
-    """Ratios below 1 - clip_low stop pushing. With one update a rollout every ratio is 1 and clipping is
-    idle.
-    """
+    """Ratios below 1 - clip_low stop pushing. With one update a rollout all are 1, and clipping is idle."""
     clip_high: float | None = None
     """Ratios above 1 + clip_high stop pushing; with surrogate cispo the absolute cap."""
     weighting: Literal["sequence", "token", "constant"] | None = None
-    """How tokens count: completions equally, tokens equally, or all by the constant 1 /
-    max_completion_tokens.
-    """
+    """How tokens count: completions equally, tokens equally, or all by 1 / max_completion_tokens."""
     kl_coef: float | None = None
     """Weight of the KL to the model that the run began with; 0 keeps no second model in memory."""
+    kl_placement: Literal["loss", "reward"] | None = None
+    """Where the KL counts: in the loss, or as a cost in the rewards."""
     kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"] | None = None
-    """How the KL is estimated from the sampled tokens."""
+    """How the KL is estimated from the sampled tokens; in the loss, k1 has no gradient on average."""
+    kl_target: float = 0.0
+    """Above 0: kl_coef is moved by at most 2 % a step until the KL is about this (nats a token)."""
+    ref_sync_steps: int = 0
+    """Steps after which the KL's reference becomes the policy as it is then; 0 for never."""
     dynamic_sampling: bool | None = None
     """Leave out groups that are all right or all wrong, and sample others in their place."""
     max_refills: int = 4
-    """Further rollouts that dynamic sampling may make in a step; what is still missing then is left as it
-    is.
-    """
+    """Further rollouts that dynamic sampling may make in a step; what is missing then stays as it is."""
     overlong: Literal["none", "soft", "mask"] | None = None
-    """Completions near the limit: nothing; a punishment over the last fifth; or truncated ones out of the
-    loss.
-    """
+    """Near the limit: nothing; a punishment over the last fifth; or truncated completions out of the loss."""
+    wrong_reward: float | None = None
+    """Added to the reward of a wrong answer."""
+    length_alpha: float | None = None
+    """exp(-alpha z) - 1 is added for a right one, z scoring its length among its group's right ones."""
+    length_min_tokens: int = 0
+    """Groups whose three shortest completions average fewer tokens are spared length_alpha."""
+    difficulty: Literal["none", "logistic"] | None = None
+    """logistic weighs rare successes of hard prompts and rare failures of easy ones up."""
+    critic: Literal["shared", "separate"] | None = None
+    """Where the critic's values come from: a head on the policy's states, or a second model."""
+    critic_warmup_steps: int | None = None
+    """Steps at first in which the critic alone learns."""
+    critic_learning_rate: float | None = None
+    """The critic's highest."""
+    value_coef: float | None = None
+    """Weight of the critic's loss."""
+    value_clip: float | None = None
+    """How far a value may move from the rollout's and still be rewarded for it."""
+    gamma: float | None = None
+    """Discount a token."""
+    lam: float | None = None
+    """Of generalised advantage estimation: 1 waits for the outcome, less trusts the critic."""
     updates_per_rollout: int | None = None
     """Minibatches that a rollout is split into, by prompts."""
     epochs_per_rollout: int | None = None
     """How often each minibatch is used."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy, which is rewarded."""
+    importance_cap: float = 2.0
+    """Where sampler and trainer differ, a token counts by their probability ratio, at most this."""
+    replay_groups: int = 0
+    """Groups of the steps before, the latest informative ones, that each step learns from again."""
 
     learning_rate: float = 4e-4
     """The highest; 4e-4 suits the tiny model, 1e-6 a pretrained one."""
     warmup_steps: int = 5
 
-    eval_every: int = 30
-    save_every: int = 60
+    eval_every: int = 25
+    save_every: int = 50
 
     def __post_init__(self) -> None:
         """Fill the preset in, then refuse what cannot train."""
-        for knob, value in PRESETS[self.algo].items():
+        has_critic = (self.baseline or PRESETS[self.algo]["baseline"]) == "critic"
+        for knob, value in {**PRESETS[self.algo], **(CRITIC if has_critic else {})}.items():
             if getattr(self, knob) is None:
                 object.__setattr__(self, knob, value)
         super().__post_init__()
         require(self, "prompts_per_step", "group_size", "max_completion_tokens", at_least=1)
         require(self, "updates_per_rollout", "epochs_per_rollout", at_least=1)
-        require(self, "kl_coef", "clip_low", "max_refills", at_least=0)
-        require(self, "temperature", "clip_high", above=0)
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size must be >= 2 with baseline={self.baseline!r}, got {self.group_size}: "
-                "a completion is compared with others of its prompt; give --group_size 8"
-            )
-        if self.ratio_level == "sequence" and self.weighting != "sequence":
-            raise ValueError(
-                f'ratio_level="sequence" needs weighting="sequence", got weighting={self.weighting!r}: '
-                "a completion that has one ratio counts as one"
-            )
+        require(self, "kl_coef", "kl_target", "ref_sync_steps", "clip_low", "entropy_coef", at_least=0)
+        require(self, "max_refills", "length_alpha", "length_min_tokens", "replay_groups", at_least=0)
+        require(self, "temperature", "clip_high", "importance_cap", above=0)
+        if has_critic:
+            require(self, "critic_warmup_steps", "value_coef", "gamma", "lam", at_least=0)
+            require(self, "critic_learning_rate", "value_clip", above=0)
+        refuse_mixes(self)
         check_share(self, processes=1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The rollout
+def refuse_mixes(config: GRPOConfig) -> None:
+    """Refuse knobs that cannot work together.
 
-
-def roll_out(
-    engine: TorchEngine,
-    tokenizer: Any,
-    problems: list[Problem],
-    reward_set: rewards.RewardSet,
-    config: GRPOConfig,
-    step: int,
-    first_prompt: int,
-) -> list[Group]:
-    """Sample a group of completions for each problem and score them.
-
-    Args:
-        engine: samples with the policy as it is now.
-        tokenizer: of the policy.
-        problems: this process' share of the step's problems.
-        reward_set: scores whole groups.
-        config: of the run.
-        step: keys the random numbers, with the seed.
-        first_prompt: the number of the first problem among all that the step asks.
+    Raises:
+        ValueError: names both, and says what to give instead.
     """
-    size = config.group_size
-    prompts = [render_prompt(tokenizer, problem.question) for problem in problems]
-    prompt_ids = [encode_prompt(tokenizer, problem.question) for problem in problems]
-    params = SamplingParams(config.max_completion_tokens, config.temperature)
-    sampled = engine.generate(prompt_ids, size, params, (config.seed, step), first_prompt)
-
-    def each(values: list[Any]) -> list[Any]:
-        return [value for value in values for _ in range(size)]
-
-    token_ids = [completion.token_ids for completions in sampled for completion in completions]
-    decoded = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-    texts = [completion_prefix(prompt) + text for prompt, text in zip(each(prompts), decoded, strict=True)]
-    names = sorted({name for problem in problems for name in problem.columns})
-    columns = {name: each([problem.columns.get(name) for problem in problems]) for name in names}
-    columns |= {
-        "prompts": each(prompts),
-        "completion_ids": token_ids,
-        "gold": each([p.gold for p in problems]),
-    }
-    columns |= {"group_size": size, "max_completion_tokens": config.max_completion_tokens}
-    scores = rewards.score(reward_set, texts, columns)
-    return [
-        Group(
-            number=first_prompt + i,
-            problem=problem,
-            prompt_ids=prompt_ids[i],
-            completions=sampled[i],
-            texts=texts[i * size : (i + 1) * size],
-            scores=slice_scores(scores, i * size, (i + 1) * size),
+    baseline, size = config.baseline, config.group_size
+    has_critic = baseline == "critic"
+    compares = config.length_alpha or config.difficulty != "none" or config.dynamic_sampling
+    mixes = [
+        (
+            size < 2 and not has_critic,
+            f"group_size must be >= 2 with baseline={baseline!r}, got {size}: a completion is compared with "
+            "others of its prompt; give --group_size 8",
+        ),
+        (
+            size < 2 and compares,
+            f"group_size must be >= 2 with length_alpha, difficulty or dynamic_sampling, got {size}: they "
+            "compare the completions of a prompt; give --group_size 8",
+        ),
+        (
+            has_critic and config.scale == "group",
+            "scale='group' does not go with baseline='critic', which compares with no group; give --scale "
+            "batch or none",
+        ),
+        (
+            has_critic and config.difficulty != "none",
+            f"difficulty={config.difficulty!r} does not go with baseline='critic', which compares with no "
+            "group; give --difficulty none",
+        ),
+        (
+            config.ratio_level == "sequence" and config.weighting != "sequence",
+            f'ratio_level="sequence" needs weighting="sequence", got weighting={config.weighting!r}: '
+            "a completion that has one ratio counts as one",
+        ),
+    ]
+    for knob in CRITIC:
+        unread = not has_critic and getattr(config, knob) is not None
+        mixes.append((unread, f"{knob} needs a critic, not baseline={baseline!r}; give --baseline critic"))
+    for knob in ("kl_target", "ref_sync_steps"):
+        unread = getattr(config, knob) and not config.kl_coef
+        mixes.append((unread, f"{knob} needs a KL, and kl_coef is 0; give --kl_coef 0.04, or leave it out"))
+    for knob, full in FULL_SAMPLING.items():
+        got = getattr(config, knob)
+        message = (
+            f"{knob} must be {full} in training, got {got}: an update scores every token at temperature="
         )
-        for i, problem in enumerate(problems)
+        message += f"{config.temperature} and cannot know which were left out; use it in evaluation and chat"
+        mixes.append((got != full, message))
+    for is_mixed, message in mixes:
+        if is_mixed:
+            raise ValueError(message)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A step
+
+
+@dataclass
+class Training:
+    """Everything that a step works with. Every process holds one.
+
+    Attributes:
+        config: of the run.
+        accelerator: prepared policy and optimizer.
+        tokenizer: of the policy.
+        problems: to draw from.
+        reward_set: scores completions.
+        engine: samples from the very weights that train.
+        policy: as prepared.
+        reference: the policy that the KL is taken to; None where it counts for nothing.
+        optimizer: as prepared.
+        scheduler: of the learning rate.
+        run: position, log, checkpoints, and `memory`: what a step hands to the next besides the weights.
+    """
+
+    config: GRPOConfig
+    accelerator: Accelerator
+    tokenizer: Any
+    problems: list[Problem]
+    reward_set: rewards.RewardSet
+    engine: TorchEngine
+    policy: Any
+    reference: Policy | None
+    optimizer: Any
+    scheduler: Any
+    run: Run
+
+
+def train_step(training: Training) -> None:
+    """One step: roll out, compare, learn, tell."""
+    config, accelerator, run = training.config, training.accelerator, training.run
+    began = time.perf_counter()
+    # 1. Roll out: a group of completions for each prompt, from the policy as it is now, scored.
+    groups = sample_step(training)
+    fresh = choose_groups(groups, config.prompts_per_step // accelerator.num_processes, config)
+    replayed = run.memory["replay"][accelerator.process_index :: accelerator.num_processes]
+    learned = fresh + [restore_group(state) for state in replayed]
+    batch = collate(learned, training.tokenizer.pad_token_id, config.overlong == "mask")
+    rolled_out = time.perf_counter()
+
+    # 2. What the update compares with: log-probabilities and values as they were before it.
+    look_back(training, batch)
+
+    # 3. Credit: who did better than expected.
+    kl_coef = run.memory["kl_coef"]
+    credit(batch, config, accelerator, kl_coef)
+
+    # 4. Learn.
+    critic_only = run.step < (config.critic_warmup_steps or 0)
+    movers = (training.policy, training.optimizer, training.scheduler, accelerator)
+    updates = [
+        update(*movers, batch, rows, config, kl_coef, critic_only) for rows in minibatches(batch, config)
     ]
 
+    # 5. Tell, and keep what the next step needs.
+    run.step += 1
+    metrics = rollout_metrics(gather_object([count(groups)])) | update_metrics(gather_object([updates]))
+    if config.baseline == "critic":
+        metrics["critic/explained_variance"] = explained_variance(batch)
+    if training.reference:
+        metrics["policy/kl_coef"] = kl_coef
+    metrics["policy/learning_rate"] = training.scheduler.get_last_lr()[0]
+    metrics["time/generate_s"] = rolled_out - began
+    metrics["time/update_s"] = time.perf_counter() - rolled_out
+    run.log.step(run.step, metrics)
+    run.log.rollouts(gather_object(rollout_rows(groups, batch, run.step)))
+    carry_over(training, metrics, fresh)
 
-def sample_step(
-    engine: TorchEngine,
-    tokenizer: Any,
-    problems: list[Problem],
-    reward_set: rewards.RewardSet,
-    config: GRPOConfig,
-    run: Run,
-) -> list[Group]:
+
+def sample_step(training: Training) -> list[Group]:
     """This process' groups of a step: one rollout, or with dynamic sampling as many as it takes until every
     process has enough groups that teach something. All processes leave together.
 
     Raises:
         RunStopped: a reward broke its promise, on whatever process; the run stands where it stood before.
     """
+    config, run = training.config, training.run
     share = config.prompts_per_step // run.accelerator.num_processes
     first = run.accelerator.process_index * share
     position = run.drawn
     groups: list[Group] = []
     for refill in range(1 + config.dynamic_sampling * config.max_refills):
-        drawn = take(problems, config.seed, run.drawn + first, share)
+        drawn = take(training.problems, config.seed, run.drawn + first, share)
         run.drawn += config.prompts_per_step
         number = refill * config.prompts_per_step + first
+        actors = (training.engine, training.tokenizer, drawn, training.reward_set)
         broken = None
         try:
             with run.accelerator.autocast():
-                groups += roll_out(engine, tokenizer, drawn, reward_set, config, run.step, number)
+                groups += roll_out(*actors, config, run.step, number)
         except rewards.RewardError as error:
             broken = str(error)
         informative = sum(group.is_informative for group in groups)
@@ -273,161 +398,52 @@ def choose_groups(groups: list[Group], share: int, config: GRPOConfig) -> list[G
     return groups[:share]
 
 
-def credit(groups: list[Group], config: GRPOConfig, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Turn rewards into advantages `[B]`, and say which completions count `[B]`."""
-    completions = [completion for group in groups for completion in group.completions]
-    totals = torch.tensor([total for group in groups for total in group.scores.total])
-    counted = torch.ones(len(totals), dtype=torch.bool)
-    if config.overlong == "soft":
-        token_ids = [completion.token_ids for completion in completions]
-        totals += torch.tensor(soft_overlong([], token_ids, config.max_completion_tokens))
-    elif config.overlong == "mask":
-        counted = torch.tensor([completion.finish_reason != "length" for completion in completions])
-    everyone = sum(gather_object([moments(totals)]))
-    advantages = group_advantages(
-        totals, config.group_size, config.baseline, config.scale, batch_moments=everyone
-    )
-    return advantages * counted, counted
-
-
-@torch.no_grad()
-def score_rollout(
-    policy: Any, batch: RolloutBatch, accelerator: Accelerator, rows: range, config: GRPOConfig
-) -> Tensor:
-    """Log-probabilities `[B, T]` of the rollout's completions under a policy; zero in rows not asked for."""
-    logprobs = torch.zeros_like(batch.tensors["sampling_logprobs"])
-    policy.eval()
-    for chosen, scale, _ in micro_batches(
-        accelerator, policy, batch.lengths, rows, config.micro_batch_tokens
-    ):
-        if scale:
-            inputs = model_inputs(batch.select(chosen, accelerator.device))
-            with accelerator.autocast():  # a reference is not prepared, and must compute as the policy does
-                values, _ = policy(**inputs, temperature=config.temperature)
-            logprobs[chosen, : values.shape[1]] = values.cpu()
-    return logprobs
-
-
-def model_inputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `Policy.forward` takes of a batch."""
-    return {name: tensors[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The update
-
-
-def minibatches(batch: RolloutBatch, config: GRPOConfig) -> Iterator[range]:
-    """Rows of each update: the rollout split by prompts, in order, and gone through `epochs_per_rollout`
-    times.
+def look_back(training: Training, batch: RolloutBatch) -> None:
+    """Give the batch the log-probabilities and values that the update reads, where the sampler's will not
+    do.
     """
-    size = len(batch.lengths) // config.updates_per_rollout
-    for _ in range(config.epochs_per_rollout):
-        for number in range(config.updates_per_rollout):
-            yield range(number * size, (number + 1) * size)
+    config, accelerator, tensors = training.config, training.accelerator, batch.tensors
+    # Replayed groups were sampled by an older policy; half precision is not what the trainer computes in.
+    if accelerator.mixed_precision == "no" and not config.replay_groups:
+        tensors["old_logprobs"] = tensors["sampling_logprobs"]
+    # With one update the trainer's own are known when it begins: `micro_loss` takes them there.
+    is_read_before = config.updates_per_rollout * config.epochs_per_rollout > 1 or config.replay_groups
+    is_read_before = is_read_before or (config.kl_placement == "reward" and training.reference)
+    if config.baseline == "critic" or (is_read_before and "old_logprobs" not in tensors):
+        tensors.update(score_rollout(training.policy, batch, accelerator, config) | tensors)
+    if training.reference:
+        told = score_rollout(training.reference, batch, accelerator, config)
+        tensors["ref_logprobs"] = told["old_logprobs"]
 
 
-def update(
-    policy: Any,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    accelerator: Accelerator,
-    batch: RolloutBatch,
-    rows: range,
-    config: GRPOConfig,
-) -> dict[str, float]:
-    """One optimizer step on a minibatch; the gradient depends neither on the micro-batches nor on the
-    processes.
-    """
-    mask = batch.tensors["completion_mask"][rows.start : rows.stop]
-    totals = accelerator.reduce(
-        torch.tensor([int(mask.any(1).sum()), int(mask.sum())], device=accelerator.device)
-    ).tolist()
-    # Fixed for the whole update before anything is split or left out.
-    weights = torch.zeros(batch.tensors["completion_mask"].shape)
-    weights[rows.start : rows.stop] = loss_weights(
-        mask, config.weighting, config.max_completion_tokens, *totals
-    )
-    # Without a KL, rows of zero advantage have zero gradient: they cost nothing.
-    learning = [row for row in rows if config.kl_coef or batch.advantages[row] != 0]
-    policy.train()
-    sums = dict.fromkeys(("tokens", "loss", "ratio_max"), 0.0)
-    for chosen, scale, context in micro_batches(
-        accelerator, policy, batch.lengths, learning, config.micro_batch_tokens
-    ):
-        tensors = batch.select(chosen, accelerator.device)
-        tensors["advantages"] = batch.advantages[chosen, None].to(accelerator.device)
-        tensors["weights"] = (
-            weights[chosen, : tensors["completion_mask"].shape[1]].to(accelerator.device) * scale
-        )
-        with context:
-            loss, stats = micro_loss(policy, tensors, config)
-            accelerator.backward(loss * accelerator.num_processes)
-        sums["loss"] += float(loss.detach())
-        sums["ratio_max"] = max(sums["ratio_max"], stats.pop("ratio_max"))
-        tokens = stats.pop("tokens") * scale
-        sums["tokens"] += tokens
-        for name, mean in stats.items():
-            sums[name] = sums.get(name, 0.0) + mean * tokens
-    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    return {**sums, "grad_norm": float(grad_norm)}
-
-
-def micro_loss(
-    policy: Any, tensors: dict[str, Tensor], config: GRPOConfig
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a micro-batch, and what it tells: the number of tokens, means over them, the largest
-    ratio.
-    """
-    mask = tensors["completion_mask"]
-    logprobs, entropy = policy(**model_inputs(tensors), temperature=config.temperature)
-    # Where the sampler's arithmetic is not the trainer's, the trainer's own log-probabilities are the old
-    # ones.
-    old_logprobs = tensors.get("old_logprobs", logprobs.detach())
-    advantages = tensors["advantages"].expand_as(logprobs)
-    loss, stats = policy_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        tensors["weights"],
-        mask,
-        config.clip_low,
-        config.clip_high,
-        config.ratio_level,
-        config.surrogate,
-    )
-    gap = logprobs.detach() - tensors["sampling_logprobs"]
-    tells = {"entropy": entropy.detach(), "sampler_mismatch": gap.expm1() - gap}
-    if config.kl_coef:
-        kl = kl_penalty(logprobs, tensors["ref_logprobs"], old_logprobs, config.kl_estimator)
-        loss = loss + config.kl_coef * (tensors["weights"] * kl).sum()
-        tells["kl"] = kl.detach()
-    for name, values in tells.items():
-        stats[name] = torch.where(mask, values, 0).sum() / stats["tokens"].clamp(min=1)
-    return loss, {name: float(value) for name, value in stats.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Telling
-
-
-def update_metrics(updates: list[list[dict[str, float]]]) -> dict[str, float]:
-    """The updates' metrics from every process' list; means are over the tokens that were learned from."""
-    every = [update for of_process in updates for update in of_process]
-    metrics = {
-        "policy/loss": sum(update["loss"] for update in every) / len(updates[0]),
-        "policy/grad_norm": max(update["grad_norm"] for update in every),
-        "policy/ratio_max": max(update["ratio_max"] for update in every),
+def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
+    """Begin `run.memory`, or take up what a checkpoint kept of it."""
+    restored = run.memory
+    run.memory = {
+        "kl_coef": restored.get("kl_coef", config.kl_coef),
+        "replay": restored.get("replay", []),
     }
-    tokens = sum(update["tokens"] for update in every)
-    names = {"entropy", "approx_kl", "clip_fraction", "kl", "sampler_mismatch"} & every[0].keys()
-    for name in sorted(names):
-        key = "rollout/sampler_mismatch_kl" if name == "sampler_mismatch" else f"policy/{name}"
-        metrics[key] = sum(update[name] for update in every) / tokens if tokens else 0.0
-    return metrics
+    moving = {"critic": critic, "reference": reference if config.ref_sync_steps else None}
+    for name, module in moving.items():
+        if module is not None:
+            if name in restored:
+                module.load_state_dict(restored[name])
+            run.memory[name] = module.state_dict()  # the module's own tensors, so as they are when saved
+
+
+def carry_over(training: Training, metrics: dict[str, float], fresh: list[Group]) -> None:
+    """Get the coefficient, the reference and the replay ready for the next step."""
+    config, run = training.config, training.run
+    if config.kl_target:
+        # As in 1909.08593, section 2.2: proportional, and never in a hurry.
+        error = min(max(metrics["policy/kl"] / config.kl_target - 1, -0.2), 0.2)
+        run.memory["kl_coef"] *= 1 + 0.1 * error
+    if config.ref_sync_steps and run.step % config.ref_sync_steps == 0:
+        policy = training.accelerator.unwrap_model(training.policy)
+        training.reference.model.load_state_dict(policy.model.state_dict())
+    if config.replay_groups:
+        latest = gather_object([group_state(group) for group in fresh if group.is_informative])
+        run.memory["replay"] = (latest + run.memory["replay"])[: config.replay_groups]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -486,6 +502,42 @@ def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int:
     return code
 
 
+def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[Training, list[Problem]]:
+    """Load and prepare everything, and go on where `start` says; also the validation problems.
+
+    Raises:
+        UserError: what was asked for is not there, or does not fit.
+    """
+    with at_the_door():
+        reward_set = load_rewards(config)
+        source = str(start.checkpoint or config.model)
+        tokenizer = load_tokenizer(source, config.system_prompt)
+        problems, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
+        held_out = (
+            load_problems(config.data, "validation", **config.data_arguments()) if config.eval_every else []
+        )
+        model = load_model(source, config.seed)
+        reference = Policy(load_model(config.model)).requires_grad_(False) if config.kl_coef else None
+
+    policy = Policy(model, config.critic)
+    optimizer = make_optimizer(
+        policy, config.optimizer, config.learning_rate, config.weight_decay, config.critic_learning_rate
+    )
+    optimizer_steps = config.total_steps * config.updates_per_rollout * config.epochs_per_rollout
+    scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, optimizer_steps)
+    critic = policy.critic
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    reference = reference and reference.to(accelerator.device)
+    run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
+    remember(run, config, critic, reference)
+    run.log.say(f"{config.algo} from {config.model} on {config.data}: {told}")
+    training = Training(
+        *(config, accelerator, tokenizer, problems, reward_set, TorchEngine(model, tokenizer)),
+        *(policy, reference, optimizer, scheduler, run),
+    )
+    return training, held_out[: config.eval_limit]
+
+
 def main(config: GRPOConfig) -> int:
     """Train; returns the exit code."""
     with at_the_door():
@@ -495,71 +547,22 @@ def main(config: GRPOConfig) -> int:
     with at_the_door():
         check_share(config, accelerator.num_processes)
         start = open_run(config)
-        if start.is_finished:
-            accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
-            return 0
-        reward_set = load_rewards(config)
-        source = str(start.checkpoint or config.model)
-        tokenizer = load_tokenizer(source, config.system_prompt)
-        train, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
-        held_out = (
-            load_problems(config.data, "validation", **config.data_arguments()) if config.eval_every else []
-        )
-        model = load_model(source, config.seed)
-        reference = Policy(load_model(config.model)).requires_grad_(False) if config.kl_coef else None
-
-    policy = Policy(model)
-    optimizer = make_optimizer(policy, config.optimizer, config.learning_rate, config.weight_decay)
-    optimizer_steps = config.total_steps * config.updates_per_rollout * config.epochs_per_rollout
-    scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, optimizer_steps)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    reference = reference and reference.to(accelerator.device)
-    engine = TorchEngine(model, tokenizer)
-    run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
-    run.log.say(f"{config.algo} from {config.model} on {config.data}: {told}")
-
+    if start.is_finished:
+        accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
+        return 0
+    training, held_out = set_up(config, accelerator, start)
+    run = training.run
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
-    # Only where sampler and trainer compute alike are the sampled log-probabilities the policy's own.
-    sampler_is_exact = accelerator.mixed_precision == "no"
 
     def evaluate() -> None:
-        figures = hold_shared_exam(accelerator, engine, tokenizer, held_out[: config.eval_limit], greedy)
+        figures = hold_shared_exam(accelerator, training.engine, training.tokenizer, held_out, greedy)
         run.evaluated("validation", figures)
 
     with stop_on_signal() as stop:
         if run.step == 0 and config.eval_every:
             evaluate()
         while run.step < config.total_steps and not stop.signal:
-            began = time.perf_counter()
-            # 1. Roll out: a group of completions for each prompt, from the policy as it is now, scored.
-            groups = sample_step(engine, tokenizer, train, reward_set, config, run)
-            chosen = choose_groups(groups, config.prompts_per_step // accelerator.num_processes, config)
-            batch = collate(chosen, *credit(chosen, config, accelerator), tokenizer.pad_token_id)
-            rolled_out = time.perf_counter()
-
-            # 2. The log-probabilities that the update compares with.
-            rows = range(len(batch.lengths))
-            if sampler_is_exact:
-                batch.tensors["old_logprobs"] = batch.tensors["sampling_logprobs"]
-            elif config.updates_per_rollout * config.epochs_per_rollout > 1:
-                batch.tensors["old_logprobs"] = score_rollout(policy, batch, accelerator, rows, config)
-            if reference:
-                batch.tensors["ref_logprobs"] = score_rollout(reference, batch, accelerator, rows, config)
-
-            # 3. Learn.
-            updates = [
-                update(policy, optimizer, scheduler, accelerator, batch, minibatch, config)
-                for minibatch in minibatches(batch, config)
-            ]
-
-            # 4. Tell and keep.
-            run.step += 1
-            metrics = rollout_metrics(gather_object([count(groups)])) | update_metrics(
-                gather_object([updates])
-            )
-            times = {"time/generate_s": rolled_out - began, "time/update_s": time.perf_counter() - rolled_out}
-            run.log.step(run.step, {**metrics, **times, "policy/learning_rate": scheduler.get_last_lr()[0]})
-            run.log.rollouts(gather_object(rollout_rows(groups, batch, run.step)))
+            train_step(training)
             is_last = run.step == config.total_steps
             if config.eval_every and (run.step % config.eval_every == 0 or is_last):
                 evaluate()

@@ -45,7 +45,7 @@ class SFTConfig(TrainingConfig):
     max_completion_tokens: int = 1024
     """Examples with a longer completion are left out, and counted: a cut one would teach not to finish."""
 
-    total_steps: int = 750
+    total_steps: int = 800
     """Optimizer steps."""
     examples_per_step: int = 64
     """Examples in a step, over all processes."""
@@ -56,8 +56,8 @@ class SFTConfig(TrainingConfig):
     warmup_steps: int = 50
     weight_decay: float = 0.01
 
-    eval_every: int = 250
-    save_every: int = 250
+    eval_every: int = 200
+    save_every: int = 400
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
@@ -181,7 +181,7 @@ def update(
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         weights = loss_weights(batch["completion_mask"], "token", total_tokens=total_tokens) * scale
         with context:
-            logprobs, _ = policy(**batch)
+            logprobs, _, _ = policy(**batch)
             loss = -(weights * logprobs).sum()
             accelerator.backward(loss * accelerator.num_processes)
         loss_sum += loss.detach()

@@ -242,9 +242,22 @@ def lead(
 
     Source: GRPO-LEAD, arXiv 2504.09696, eq. 2-4 and its official code for `min_length`.
     """
-    values: list[float | None] = []
-    for start in range(0, len(completions), group_size):
-        group = range(start, min(start + group_size, len(completions)))
+    factors = length_factors(completion_ids, correct, group_size, alpha, min_length)
+    values = [-1.0 if factor is None else factor for factor in factors]
+    return [None if answer is None else value for answer, value in zip(gold, values, strict=True)]
+
+
+def length_factors(
+    completion_ids: list[list[int]],
+    correct: list[bool | None],
+    group_size: int,
+    alpha: float,
+    min_length: int = 0,
+) -> list[float | None]:
+    """exp(-alpha z) of each correct answer, None of each other; arguments and source as for `lead`."""
+    factors: list[float | None] = []
+    for start in range(0, len(completion_ids), group_size):
+        group = range(start, min(start + group_size, len(completion_ids)))
         lengths = [len(completion_ids[i]) for i in group]
         right = [len(completion_ids[i]) for i in group if correct[i]]
         shaped = right and fmean(sorted(lengths)[:3]) >= min_length
@@ -252,6 +265,5 @@ def lead(
         spread = stdev(right) if shaped and len(right) > 1 else 1.0
         for i in group:
             z = (len(completion_ids[i]) - mean) / (spread + 1e-6) if shaped else 0.0
-            value = math.exp(-alpha * z) if correct[i] else -1.0
-            values.append(None if gold[i] is None else value)
-    return values
+            factors.append(math.exp(-alpha * z) if correct[i] else None)
+    return factors

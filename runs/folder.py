@@ -171,6 +171,7 @@ class Run:
         step: steps done.
         drawn: problems or examples drawn from the data so far, by all processes.
         best_accuracy: of `best/`.
+        memory: whatever else the script carries from step to step, in tensors and plain values.
     """
 
     def __init__(
@@ -198,6 +199,7 @@ class Run:
         self.folder, self.config, self.accelerator = start.folder, config, accelerator
         self.model, self.tokenizer, self.optimizer, self.scheduler = model, tokenizer, optimizer, scheduler
         self.step, self.drawn, self.best_accuracy = 0, 0, -1.0
+        self.memory: dict[str, Any] = {}
         if accelerator.is_main_process:
             write_run(start, config)
         if start.checkpoint is not None:
@@ -215,6 +217,7 @@ class Run:
             "step": self.step,
             "drawn": self.drawn,
             "best_accuracy": self.best_accuracy,
+            "memory": self.memory,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
@@ -260,6 +263,7 @@ class Run:
     def _restore(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
         self.step, self.drawn, self.best_accuracy = state["step"], state["drawn"], state["best_accuracy"]
+        self.memory = state["memory"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])

@@ -75,7 +75,7 @@ def test_logprobs_equal_a_forward_pass_over_the_whole_text(random_model, archite
     completions = [completion for group in groups for completion in group]
     batch = pad_batch(prompts, [completion.token_ids for completion in completions], pad_token_id=0)
     with torch.no_grad():
-        logprobs, _ = Policy(model)(**batch, temperature=WARM.temperature)
+        logprobs, _, _ = Policy(model)(**batch, temperature=WARM.temperature)
     returned = torch.tensor([logprob for completion in completions for logprob in completion.logprobs])
     assert returned.std() > 0.1
     torch.testing.assert_close(logprobs[batch["completion_mask"]].float(), returned, rtol=0, atol=1e-6)

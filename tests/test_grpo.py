@@ -8,12 +8,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from credit import credit
 from data import Problem
 from inference import Completion
 from models import Policy
 from rewards import Scores
 from rollouts import Group, collate, rollout_rows
-from train_grpo import PRESETS, GRPOConfig, choose_groups, credit, minibatches, update
+from train_grpo import PRESETS, GRPOConfig, choose_groups
+from updates import minibatches, update
 
 LIMIT = 12
 
@@ -43,11 +45,17 @@ def config(**changes):
 
 
 def make_batch(policy, accelerator, settings, groups):
-    batch = collate(groups, *credit(groups, settings, accelerator), pad_token_id=0)
+    """A batch with credit, as a step has it before it learns; the reference is the policy, moved by 0.1."""
+    batch = collate(groups, pad_token_id=0, drop_truncated=settings.overlong == "mask")
+    inputs = {k: batch.tensors[k] for k in ("input_ids", "attention_mask", "completion_mask")}
     with torch.no_grad():
-        inputs = {k: batch.tensors[k] for k in ("input_ids", "attention_mask", "completion_mask")}
         batch.tensors["old_logprobs"] = policy(**inputs)[0]
+    batch.tensors["sampling_logprobs"] = batch.tensors["old_logprobs"]
     batch.tensors["ref_logprobs"] = batch.tensors["old_logprobs"] - 0.1
+    batch.tensors["values"] = torch.linspace(-1, 1, batch.tensors["old_logprobs"].numel()).view(
+        batch.tensors["old_logprobs"].shape
+    )
+    credit(batch, settings, accelerator, settings.kl_coef)
     return batch
 
 
@@ -61,10 +69,10 @@ def gradient(policy, accelerator, settings, batch, rows=None):
 
     optimizer = SimpleNamespace(step=step, zero_grad=policy.zero_grad)
     scheduler = SimpleNamespace(step=lambda: None)
-    rows = rows or range(len(batch.lengths))
+    rows = rows or list(range(len(batch.lengths)))
     # A clipped gradient would hide a wrong scale.
     settings = replace(settings, max_grad_norm=1e9)
-    told = update(policy, optimizer, scheduler, accelerator, batch, rows, settings)
+    told = update(policy, optimizer, scheduler, accelerator, batch, rows, settings, settings.kl_coef)
     return torch.cat([g.flatten() for g in taken]), told
 
 
@@ -78,7 +86,8 @@ def policy(tiny):
 
 @pytest.mark.parametrize("algo", PRESETS)
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-def test_micro_batches_leave_the_gradient_the_same(policy, accelerator, algo, kl_coef):
+def test_micro_batches_leave_the_gradient_the_same(policy, critical, accelerator, algo, kl_coef):
+    policy = critical if algo == "ppo" else policy
     settings = config(algo=algo, kl_coef=kl_coef, updates_per_rollout=1)
     groups = [group(i, rewards, prompt=3 + 4 * i) for i, rewards in enumerate(MIXED)]
     batch = make_batch(policy, accelerator, settings, groups)
@@ -111,10 +120,24 @@ def test_a_group_without_a_difference_teaches_nothing_but_keeps_its_share_of_the
     assert (2 * half - first).norm() / first.norm() < 1e-5
 
 
+@pytest.fixture(scope="module")
+def critical(tiny):
+    return Policy(copy.deepcopy(tiny[0]), "shared")
+
+
 def test_minibatches_cover_every_row_once_an_epoch(policy, accelerator):
     settings = config(updates_per_rollout=2, epochs_per_rollout=3, prompts_per_step=2)
     batch = make_batch(policy, accelerator, settings, [group(i, MIXED[0]) for i in range(2)])
-    assert [list(rows) for rows in minibatches(batch, settings)] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
+    assert list(minibatches(batch, settings)) == [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
+    # Two processes with two groups each put into a minibatch what one process with four does.
+    settings = config(updates_per_rollout=2, prompts_per_step=4)
+    every = make_batch(policy, accelerator, settings, [group(i, MIXED[0]) for i in range(4)])
+    halves = [make_batch(policy, accelerator, settings, every.groups[i : i + 2]) for i in (0, 2)]
+    numbers = [
+        [{batch.groups[row // 4].number for row in rows} for rows in minibatches(batch, settings)]
+        for batch in (every, *halves)
+    ]
+    assert numbers[0] == [first | second for first, second in zip(*numbers[1:], strict=True)]
 
 
 def test_dynamic_sampling_takes_groups_that_are_neither_all_right_nor_all_wrong():
@@ -133,17 +156,15 @@ def test_dynamic_sampling_takes_groups_that_are_neither_all_right_nor_all_wrong(
 def test_overlong_completions_are_punished_or_left_out(policy, accelerator):
     rewards, lengths = [1.0, 0.0, 1.0, 0.0], [LIMIT, 4, 4, 4]
     groups = [group(0, rewards, lengths=lengths)]
-    plain, _ = credit(groups, config(overlong="none"), accelerator)
-    soft, counted = credit(groups, config(overlong="soft"), accelerator)
-    assert plain[0] == plain[2] > 0
-    assert soft[0] < 0 < soft[2]  # at the limit a right answer earns what a wrong one does
-    assert counted.all()
+    plain = make_batch(policy, accelerator, config(overlong="none"), groups).advantages
+    soft = make_batch(policy, accelerator, config(overlong="soft"), groups)
+    assert plain[0, 0] == plain[2, 0] > 0
+    assert soft.advantages[0, 0] < 0 < soft.advantages[2, 0]  # a right answer earns what a wrong one does
+    assert soft.tensors["completion_mask"].any(1).all()
     settings = config(overlong="mask", weighting="token")
-    advantages, counted = credit(groups, settings, accelerator)
-    assert counted.tolist() == [False, True, True, True]
-    assert advantages[0] == 0
     batch = make_batch(policy, accelerator, settings, groups)
-    assert not batch.tensors["completion_mask"][0].any()
+    assert batch.tensors["completion_mask"].any(1).tolist() == [False, True, True, True]
+    assert not batch.advantages[0].any()
     _, told = gradient(policy, accelerator, settings, batch)
     assert told["tokens"] == 12
 
@@ -151,7 +172,8 @@ def test_overlong_completions_are_punished_or_left_out(policy, accelerator):
 def test_rows_tell_every_completion_also_of_groups_left_out():
     groups = [group(0, [0.1] * 4, correct=[False] * 4), group(1, [0.0, 1.0, 0.0, 0.0])]
     chosen = choose_groups(groups, 1, config(dynamic_sampling=True))
-    batch = collate(chosen, torch.tensor([-1.0, 3.0, -1.0, -1.0]), torch.ones(4, dtype=torch.bool), 0)
+    batch = collate(chosen, 0)
+    batch.advantages = torch.tensor([-1.0, 3.0, -1.0, -1.0])[:, None] * batch.tensors["completion_mask"]
     rows = rollout_rows(groups, batch, step=7)
     assert [row["advantage"] for row in rows] == [None] * 4 + [-1.0, 3.0, -1.0, -1.0]
     assert {row["group"] for row in rows} == {0, 1}

@@ -218,7 +218,8 @@ def test_policy_equals_the_librarys_logits_and_gradient(random_model, name, has_
     policy = models.Policy(model)
     assert policy.has_plain_head == has_plain_head
     batch = pad_batch(PROMPTS, COMPLETIONS, pad_token_id=0)
-    got = policy(**batch, temperature=temperature)
+    *got, values = policy(**batch, temperature=temperature)
+    assert values is None
     assert got[0].shape == got[1].shape == batch["completion_mask"].shape
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     expected = list(plain_logprobs(model, temperature))
@@ -232,8 +233,36 @@ def test_policy_equals_the_librarys_logits_and_gradient(random_model, name, has_
         torch.testing.assert_close(gradient, plain, rtol=of_gradient, atol=of_gradient)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_a_critic_values_the_state_before_each_token(random_model, name, kind):
+    model = random_model(name)
+    policy = models.Policy(model, kind)
+    batch = pad_batch(PROMPTS, COMPLETIONS, pad_token_id=0)
+    logprobs, _, values = policy(**batch)
+    mask = batch["completion_mask"]
+    assert values.shape == logprobs.shape
+    assert not values[mask].any()  # zero at first
+    with torch.no_grad():
+        policy.critic.head.weight.copy_(torch.linspace(-1, 1, policy.critic.head.in_features))
+    _, _, values = policy(**batch)
+    expected = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        states = model.get_decoder()(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
+        states = states[len(prompt) - 1 : -1].to(policy.critic.head.weight.dtype)
+        expected.append(policy.critic.head(states).squeeze(-1).float())
+    torch.testing.assert_close(values[mask], torch.cat(expected), rtol=1e-4, atol=1e-4)
+    of_policy = torch.autograd.grad(values.sum(), list(model.parameters()), allow_unused=True)
+    assert any(gradient is not None for gradient in of_policy) == (kind == "shared")
+
+
+def hooks_of(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def test_a_head_is_judged_by_what_it_does_and_not_by_its_weights(random_model):
     model = random_model("gemma2")
+    hooks = hooks_of(model)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     try:
         with torch.no_grad():
@@ -244,7 +273,7 @@ def test_a_head_is_judged_by_what_it_does_and_not_by_its_weights(random_model):
         assert torch.equal(torch.get_rng_state(), before)
     finally:
         model.load_state_dict(weights)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks_of(model) == hooks  # the library keeps some of its own
 
 
 def test_the_policy_trains_the_model_it_was_given(tiny):

@@ -22,6 +22,8 @@ ROOMS = {
     "exam": ["data", "inference", "prompts", "rewards.*"],
     "rewards": ["prompts", "rewards.*"],
     "rollouts": ["batches", "data", "inference", "prompts", "rewards"],
+    "credit": ["losses", "rewards.*", "rollouts"],
+    "updates": ["batches", "losses", "rollouts"],
     "runs": ["models", "runs.*"],
     "runs.config": [],
     "runs.training": ["runs.config"],
@@ -39,7 +41,7 @@ ROOMS = {
         *["inference.*", "runs.*"],
     ],
     "train_grpo": [
-        *["batches", "data", "exam", "losses", "models", "optimizers", "prompts", "rollouts"],
+        *["credit", "data", "exam", "models", "optimizers", "prompts", "rollouts", "updates"],
         *["inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
@@ -51,13 +53,14 @@ ROOMS = {
 # Who alone may import a package from outside, anywhere in the file.
 GUARDED = {
     "torch": [
-        *["batches", "losses", "models", "optimizers", "rollouts", "runs.*", "train_grpo", "train_sft"],
+        *["batches", "credit", "losses", "models", "optimizers", "rollouts", "runs.*", "train_sft"],
+        "updates",
         *["inference.chat", "inference.engine", "inference.sampling"],
     ],
     "transformers": ["inference.engine", "models"],
     "tokenizers": ["models"],
     "peft": ["models"],
-    "accelerate": ["batches", "exam", "models", "runs.*", "train_grpo", "train_sft"],
+    "accelerate": ["batches", "credit", "exam", "models", "runs.*", "train_grpo", "train_sft", "updates"],
     "datasets": ["data"],
     "gradio": ["app"],
     "mlx": ["inference.mlx_engine", "inference.convert_mlx", "inference.chat"],
