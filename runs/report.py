@@ -426,7 +426,9 @@ def _rollout(row: dict[str, Any]) -> str:
     extracted = "nothing" if row["extracted"] is None else row["extracted"]
     parts = ", ".join(f"{name} {'–' if v is None else f'{v:g}'}" for name, v in row["rewards"].items())
     facts = [f"answer {extracted}", f"expected {row['gold']}", f"reward {row['reward']:.3g} ({parts})"]
-    facts += [f"advantage {row['advantage']:+.2f}", _count(row["tokens"], "token")]
+    advantage = row["advantage"]
+    facts.append("not learned from" if advantage is None else f"advantage {advantage:+.2f}")
+    facts.append(_count(row["tokens"], "token"))
     facts += ["cut off"] if row["finish_reason"] == "length" else []
     return (
         f'<article><p class="question">{_text(_shorten(row["question"]))}</p>'

@@ -196,7 +196,7 @@ def test_known_metrics_are_logged_by_the_scripts():
             assert f'"{key}"' in source or f'"{key.partition("/")[2]}"' in source, key
 
 
-SCRIPTS = ("train_grpo.py", "train_sft.py", "rollouts.py", "losses.py")
+SCRIPTS = ("train_grpo.py", "train_sft.py", "rollouts.py", "updates.py", "losses.py")
 
 
 def test_points_stand_where_the_axes_say(folder):
@@ -316,6 +316,11 @@ def test_samples_are_one_a_group_of_the_first_step_and_the_last(folder):
     assert [text for text in page.texts["h3"] if text.startswith("Step")] == ["Step 1", "Step 60"]
     fact = "correct answer 3 · expected 3 · reward 1.1 (correct 1, format –) · advantage +0.50 · 12 tokens"
     assert spaced(page).count(fact) == 8
+
+
+def test_a_completion_that_dynamic_sampling_left_out_is_said_to_be(folder):
+    jsonl(folder / "rollouts.jsonl", [rollout(1, 0, "x", advantage=None)])
+    assert "reward 1.1 (correct 1, format –) · not learned from" in spaced(Page(write_report(folder)))
 
 
 def test_verdict_has_three_outcomes_and_a_cut_is_told(folder):
