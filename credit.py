@@ -1,5 +1,5 @@
-"""Credit: who did better than expected, and by how much. From a rollout's rewards to the advantages that its
-update pushes along.
+"""Credit: who did better than expected, and by how much. From a
+rollout's rewards to the advantages that its update pushes along.
 
 `config` is a `train_grpo.GRPOConfig`; every knob named here is read nowhere else.
 """
@@ -73,8 +73,8 @@ def credit(batch: RolloutBatch, config: Any, accelerator: Accelerator, kl_coef: 
 
 
 def explained_variance(batch: RolloutBatch) -> float:
-    """How much of the returns' variance the critic foresaw: 1 all, 0 nothing; less is worse than their
-    mean.
+    """How much of the returns' variance the critic foresaw:
+    1 all, 0 nothing; less is worse than their mean.
     """
     returns, values, mask = (batch.tensors[name] for name in ("returns", "values", "completion_mask"))
     missed = moments(returns - values, mask)

@@ -1,5 +1,5 @@
-"""What a rollout is: groups of completions with their rewards, laid out as tensors, and told in numbers and
-lines.
+"""What a rollout is: groups of completions with their
+rewards, laid out as tensors, and told in numbers and lines.
 """
 
 from collections.abc import Sequence
@@ -43,6 +43,11 @@ class Group:
         judged = any(correct is not None for correct in self.scores.correct)
         values = right if judged else self.scores.total
         return max(values) != min(values)
+
+    @property
+    def has_signal(self) -> bool:
+        """Some earned more than others: the group moves the policy."""
+        return max(self.scores.total) != min(self.scores.total)
 
 
 def roll_out(
@@ -130,8 +135,8 @@ def slice_scores(scores: Scores, start: int, stop: int) -> Scores:
 
 @dataclass
 class RolloutBatch:
-    """One process' share of what is learned from: B = groups x group_size rows, a group's rows side by
-    side.
+    """One process' share of what is learned from: B =
+    groups x group_size rows, a group's rows side by side.
     """
 
     groups: list[Group]
@@ -192,14 +197,14 @@ def count(groups: Sequence[Group]) -> dict[str, Any]:
         "tokens": sum(len(c.token_ids) for group in groups for c in group.completions),
         "truncated": sum(c.finish_reason == "length" for group in groups for c in group.completions),
         "groups": len(groups),
-        "same": sum(max(group.scores.total) == min(group.scores.total) for group in groups),
+        "same": sum(not group.has_signal for group in groups),
         "parts": {name: (sum(values), len(values)) for name, values in parts.items()},
     }
 
 
 def rollout_metrics(counts: list[dict[str, Any]]) -> dict[str, float]:
-    """The rollout's metrics from every process' count; shares are in [0, 1], `rewards/...` are unweighted
-    means.
+    """The rollout's metrics from every process' count;
+    shares are in [0, 1], `rewards/...` are unweighted means.
     """
 
     def total(name: str) -> float:

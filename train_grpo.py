@@ -1,12 +1,10 @@
-"""Reinforcement learning with verifiable rewards: GRPO and its relatives, one loop to be read from top to
-bottom.
+"""Reinforcement learning with verifiable rewards: GRPO and its relatives, a step read top to bottom.
 
 A step rolls out a group of completions for each prompt, scores them, compares each with its group, and moves
 the policy. Departures from DeepSeekMath's GRPO (arXiv 2402.03300): groups without a difference are left out
 of the update (their gradient is zero), and the KL's estimator is corrected so that its gradient is the KL's.
 
-    python train_grpo.py                                      # the built-in tiny model on the built-in sums,
-    on a laptop
+    python train_grpo.py                                      # the tiny model on the built-in sums, anywhere
     accelerate launch train_grpo.py --config configs/gsm8k_qwen2.5_0.5b.yaml      # one GPU
     accelerate launch --num_processes 4 train_grpo.py ...     # several
 """
@@ -196,7 +194,7 @@ class GRPOConfig(TrainingConfig):
     importance_cap: float = 2.0
     """Where sampler and trainer differ, a token counts by their probability ratio, at most this."""
     replay_groups: int = 0
-    """Groups of the steps before, the latest informative ones, that each step learns from again."""
+    """Groups of the steps before, the latest with a signal, that each step learns from again."""
 
     learning_rate: float = 4e-4
     """The highest; 4e-4 suits the tiny model, 1e-6 a pretrained one."""
@@ -346,6 +344,8 @@ def train_step(training: Training) -> None:
         metrics["critic/explained_variance"] = explained_variance(batch)
     if training.reference:
         metrics["policy/kl_coef"] = kl_coef
+    if config.replay_groups:
+        metrics["rollout/replayed_groups"] = len(run.memory["replay"])
     metrics["policy/learning_rate"] = training.scheduler.get_last_lr()[0]
     metrics["time/generate_s"] = rolled_out - began
     metrics["time/update_s"] = time.perf_counter() - rolled_out
@@ -399,9 +399,7 @@ def choose_groups(groups: list[Group], share: int, config: GRPOConfig) -> list[G
 
 
 def look_back(training: Training, batch: RolloutBatch) -> None:
-    """Give the batch the log-probabilities and values that the update reads, where the sampler's will not
-    do.
-    """
+    """Add the log-probabilities and values that the update reads and the sampler has not given."""
     config, accelerator, tensors = training.config, training.accelerator, batch.tensors
     # Replayed groups were sampled by an older policy; half precision is not what the trainer computes in.
     if accelerator.mixed_precision == "no" and not config.replay_groups:
@@ -442,7 +440,7 @@ def carry_over(training: Training, metrics: dict[str, float], fresh: list[Group]
         policy = training.accelerator.unwrap_model(training.policy)
         training.reference.model.load_state_dict(policy.model.state_dict())
     if config.replay_groups:
-        latest = gather_object([group_state(group) for group in fresh if group.is_informative])
+        latest = gather_object([group_state(group) for group in fresh if group.has_signal])
         run.memory["replay"] = (latest + run.memory["replay"])[: config.replay_groups]
 
 

@@ -1,5 +1,5 @@
-"""One update of the policy: what it is compared with, its minibatches, the loss, the gradient, and what to
-tell of it.
+"""One update of the policy: what it is compared with, its
+minibatches, the loss, the gradient, and what to tell of it.
 
 `config` is a `train_grpo.GRPOConfig`; the knobs of the loss are read nowhere else.
 """
@@ -112,8 +112,8 @@ def update(
 def micro_loss(
     policy: Any, tensors: dict[str, Tensor], config: Any, kl_coef: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a micro-batch, and what it tells: the number of tokens, means over them, the largest
-    ratio.
+    """The loss of a micro-batch, and what it tells: the
+    number of tokens, means over them, the largest ratio.
     """
     mask = tensors["completion_mask"]
     logprobs, entropy, values = policy(**model_inputs(tensors), temperature=config.temperature)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-PROMPTS, GROUP_SIZE, TOKENS, LIMIT = 3, 4, 7, 9
+PROMPTS, GROUP_SIZE, TOKENS, LIMIT = 3, 4, 7, 7
 ROWS = PROMPTS * GROUP_SIZE
 
 
@@ -59,8 +59,11 @@ def policy_loss(logp, old, adv, weights, mask, low, high, ratio_level="token", s
         tokens = [t for t in range(logp.shape[1]) if mask[i, t]]
         for t in tokens:
             source = frozen if surrogate == "cispo" else logp
-            span = tokens if ratio_level == "sequence" else [t]
-            ratio = math.exp(sum(source[i, u] - old[i, u] for u in span) / len(span))
+            log_ratio = source[i, t] - old[i, t]
+            if ratio_level == "sequence":  # GSPO-token: the completion's ratio, with the token's gradient
+                log_ratio = sum(frozen[i, u] - old[i, u] for u in tokens) / len(tokens)
+                log_ratio += source[i, t] - frozen[i, t]
+            ratio = math.exp(log_ratio)
             if surrogate == "cispo":
                 gain = min(ratio, high) * adv[i, t] * logp[i, t]
             else:
@@ -156,31 +159,64 @@ def numeric_gradient(function, point, step=1e-6):
     return gradient
 
 
-def preset_loss(knobs, data, logp, values, frozen):
-    """The whole objective of one preset, from rewards to a number; `frozen` as in `policy_loss`."""
+def shaped_rewards(knobs, data):
+    """The rewards with what the algorithm adds to them."""
+    n, size, limit = mask_lengths(data["completion_mask"]), data["group_size"], data["limit"]
+    out = [float(reward) for reward in data["rewards"]]
+    for i in range(len(out)):
+        right = bool(data["correct"][i])
+        if knobs["overlong"] == "soft":
+            free = limit - max(1, limit // 5)
+            out[i] += max(-1.0, min(0.0, (free - n[i]) / (limit - free)))
+        if not right:
+            out[i] += knobs["wrong_reward"]
+        start = i - i % size
+        lengths = sorted(n[start : start + size])
+        if right and knobs["length_alpha"] and sum(lengths[:3]) / 3 >= knobs["length_min_tokens"]:
+            others = [n[j] for j in range(start, start + size) if data["correct"][j]]
+            spread = sample_std(others) if len(others) > 1 else 1.0
+            z = (n[i] - sum(others) / len(others)) / (spread + 1e-6)
+            out[i] += math.exp(-knobs["length_alpha"] * z) - 1
+    return out
+
+
+def objective(knobs, data, logp, entropy, values, frozen):
+    """The whole loss under a configuration, from rewards to a number; `frozen` as in `policy_loss`."""
     mask, n = data["completion_mask"], mask_lengths(data["completion_mask"])
     old, ref, old_values = data["old_logprobs"], data["ref_logprobs"], data["old_values"]
-    weights = loss_weights(mask, knobs["weighting"], data["limit"])
+    counted = mask.copy()
+    if knobs["overlong"] == "mask":
+        counted[[i for i in range(len(n)) if n[i] == data["limit"]]] = False
+    rewards = shaped_rewards(knobs, data)
+    cost = np.zeros(mask.shape)
+    if knobs["kl_placement"] == "reward":
+        cost = knobs["kl_coef"] * kl_penalty(old, ref, old, knobs["kl_estimator"])
     if knobs["baseline"] == "critic":
         token_rewards = np.zeros(mask.shape)
         for i, t in zip(*np.nonzero(mask), strict=True):
-            token_rewards[i, t] = -knobs["kl_coef"] * (old[i, t] - ref[i, t])
-            if t == n[i] - 1:
-                token_rewards[i, t] += data["rewards"][i]
+            token_rewards[i, t] = (rewards[i] if t == n[i] - 1 else 0.0) - cost[i, t]
         advantages, returns = gae(token_rewards, old_values, mask, knobs["gamma"], knobs["lam"])
-        advantages = whiten(advantages, mask)
+        if knobs["scale"] == "batch":
+            advantages = whiten(advantages, mask)
     else:
-        per_row = group_advantages(data["rewards"], data["group_size"], knobs["baseline"], knobs["scale"])
-        if knobs.get("difficulty") == "logistic":
+        rewards = [r - sum(cost[i, t] for t in range(n[i])) for i, r in enumerate(rewards)]
+        per_row = group_advantages(rewards, data["group_size"], knobs["baseline"], knobs["scale"])
+        if knobs["difficulty"] == "logistic":
             per_row = per_row * difficulty_weight(per_row, data["correct"], data["group_size"])
         advantages = np.repeat(per_row[:, None], mask.shape[1], 1)
-    loss = policy_loss(
-        logp, old, advantages, weights, mask, *knobs["clip"], knobs["ratio_level"], knobs["surrogate"], frozen
-    )
-    if knobs.get("kl_placement") == "loss":
+    unscaled = loss_weights(counted, knobs["weighting"], data["limit"])
+    cap = knobs["importance_cap"]
+    importance = np.minimum(np.exp(old - data["sampling_logprobs"]), cap)
+    weights = np.where(counted, unscaled * importance, 0)
+    clip = knobs["clip_low"], knobs["clip_high"]
+    levels = knobs["ratio_level"], knobs["surrogate"]
+    loss = policy_loss(logp, old, advantages, weights, counted, *clip, *levels, frozen)
+    if knobs["kl_placement"] == "loss":
         loss += knobs["kl_coef"] * float((weights * kl_penalty(logp, ref, old, knobs["kl_estimator"])).sum())
+    loss -= knobs["entropy_coef"] * float((weights * entropy).sum())
     if knobs["baseline"] == "critic":
-        loss += 0.5 * value_loss(values, old_values, returns, weights)
+        clip = knobs["value_clip"]
+        loss += knobs["value_coef"] * value_loss(values, old_values, returns, unscaled, clip)
     return loss
 
 
@@ -203,7 +239,9 @@ def rollout(seed=0, drift=0.3):
         "completion_mask": np.arange(TOKENS) < lengths[:, None],
         "logprobs": old + row_drift * rng.normal(size=shape),
         "old_logprobs": old,
+        "sampling_logprobs": old.copy(),
         "ref_logprobs": old + 0.5 * rng.normal(size=shape),
+        "entropy": rng.gamma(2.0, 0.6, shape),
         "rewards": rewards,
         "correct": rng.random(ROWS) < 0.5,
         "values": old_values + 0.3 * rng.normal(size=shape),

@@ -51,6 +51,17 @@ def test_only_matrices_decay_and_frozen_parameters_stay_out(tiny, name):
             assert group["weight_decay"] == (0.1 if parameter.ndim == 2 else 0.0)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_a_critic_has_a_learning_rate_of_its_own(tiny, name, kind):
+    policy = Policy(copy.deepcopy(tiny[0]), kind)
+    optimizer = make_optimizer(policy, name, 1e-3, 0.1, critic_learning_rate=0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(policy.parameters()))
+    for parameter_name, parameter in policy.named_parameters():
+        assert (rates[id(parameter)] == 0.5) == parameter_name.startswith("critic.")
+
+
 class Toy(nn.Module):
     """Has what an optimizer tells apart: a table, a matrix inside, a bias, a norm, a head."""
 

@@ -180,6 +180,8 @@ def crash_after(monkeypatch, step):
         (train_grpo, quick_grpo, {"kl_coef": 0.0, "updates_per_rollout": 2, "lr_schedule": "cosine"}),
         # Nothing is right, so every step refills as often as it may: the position is a number of its own.
         (train_grpo, quick_grpo, {"algo": "dapo", "max_refills": 1}),
+        (train_grpo, quick_grpo, {"algo": "ppo", "updates_per_rollout": 2, "critic": "separate"}),
+        (train_grpo, quick_grpo, {"kl_target": 0.01, "ref_sync_steps": 2, "replay_groups": 3}),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(train, quick, changes, tmp_path, monkeypatch):
@@ -237,6 +239,58 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_p
         train_sft(quick_sft(tmp_path / "file" / "run"))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# What a step hands to the next
+
+
+def metrics_of(tmp_path, name, **changes):
+    changes = {"total_steps": 3, "eval_every": 0, "learning_rate": 3e-3, "warmup_steps": 0} | changes
+    assert train_grpo(quick_grpo(tmp_path / name, **changes)) == 0
+    return lines(tmp_path / name / "metrics.jsonl")
+
+
+def test_the_coefficient_goes_after_its_target_and_the_reference_follows(tmp_path):
+    fixed = metrics_of(tmp_path, "fixed", kl_coef=0.1)
+    assert [step["policy/kl_coef"] for step in fixed] == [0.1] * 3
+    assert abs(fixed[0]["policy/kl"]) < 1e-6 < fixed[2]["policy/kl"]
+    below = metrics_of(tmp_path, "below", kl_coef=0.1, kl_target=100.0)
+    assert [step["policy/kl_coef"] for step in below] == pytest.approx([0.1, 0.098, 0.09604])
+    above = metrics_of(tmp_path, "above", kl_coef=0.1, kl_target=1e-9)
+    assert above[2]["policy/kl_coef"] == pytest.approx(0.1 * 0.98 * 1.02)  # at first there is none
+    following = metrics_of(tmp_path, "following", kl_coef=0.1, ref_sync_steps=1)
+    assert all(abs(step["policy/kl"]) < 1e-6 for step in following)
+
+
+def test_replayed_groups_are_learned_from_again_by_their_probability_now(tmp_path):
+    without = metrics_of(tmp_path, "without", kl_coef=0.0)
+    replayed = metrics_of(tmp_path, "with", kl_coef=0.0, replay_groups=3)
+    assert [step["rollout/replayed_groups"] for step in replayed] == [0, 3, 3]
+    assert [step["rollout/completions"] for step in replayed] == [16, 16, 16]
+    # The policy as it is when the update begins is what it is compared with, not the one that sampled.
+    assert all(step["policy/ratio_max"] == pytest.approx(1, abs=1e-5) for step in replayed)
+    assert without[0]["policy/grad_norm"] == pytest.approx(replayed[0]["policy/grad_norm"], rel=1e-4)
+    assert without[1]["policy/grad_norm"] != pytest.approx(replayed[1]["policy/grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_critic_learns_alone_at_first(tmp_path, critic):
+    changes = {"algo": "ppo", "critic": critic, "save_every": 1, "keep_checkpoints": 3, "kl_coef": 0.0}
+    steps = metrics_of(tmp_path, "run", critic_warmup_steps=2, updates_per_rollout=2, **changes)
+    saved = [tmp_path / "run" / "checkpoints" / f"step-{n:06d}" for n in (1, 2, 3)]
+    assert same(weights(saved[0]), weights(saved[1]))
+    assert not same(weights(saved[1]), weights(saved[2]))
+    critics = [
+        torch.load(folder / "trainer_state.pt", weights_only=True)["memory"]["critic"] for folder in saved
+    ]
+    assert critics[0]["head.weight"].any()
+    assert not torch.equal(critics[0]["head.weight"], critics[1]["head.weight"])
+    assert any(key.startswith("trunk.") for key in critics[0]) == (critic == "separate")
+    for name in ("value_loss", "explained_variance", "clip_fraction"):
+        assert all(f"critic/{name}" in step for step in steps)
+    # Rewards are counts of characters, far above the first values of 0.
+    assert steps[0]["critic/value_loss"] > steps[2]["critic/value_loss"] > 0
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "train_sft.py", "--output", str(tmp_path / "run"), "--total_steps", "40"]
@@ -262,10 +316,16 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize(
+    "knobs",
+    [{}, {"algo": "ppo", "updates_per_rollout": 2, "kl_coef": 0.1}],
+    ids=["grpo", "ppo with minibatches"],
+)
+def test_two_processes_train_as_one(tmp_path, knobs):
     """The same prompts, the same completions, the same gradient: weights agree to float32 rounding."""
-    train_grpo(quick_grpo(tmp_path / "one", total_steps=2, eval_every=0))
-    flags = ["--model", "tiny", "--total_steps", "2", "--eval_every", "0", "--output", str(tmp_path / "two")]
+    train_grpo(quick_grpo(tmp_path / "one", total_steps=2, eval_every=0, **knobs))
+    flags = [word for name, value in knobs.items() for word in (f"--{name}", str(value))]
+    flags += ["--model", "tiny", "--total_steps", "2", "--eval_every", "0", "--output", str(tmp_path / "two")]
     flags += ["--prompts_per_step", "4", "--group_size", "4", "--max_completion_tokens", "12"]
     flags += ["--rewards", "{unique_characters: 1.0}"]
     subprocess.run(
@@ -381,6 +441,17 @@ def exit_of(config_class, train, argv, capsys):
         (["--learning_rate", "fast"], ["learning_rate", "fast"]),
         (["--temperature", "0"], ["temperature", "> 0", "got 0"]),
         (["--ratio_level", "sequence", "--weighting", "token"], ["ratio_level", "weighting"]),
+        (["--baseline", "critic"], ["scale", "group", "baseline", "critic"]),
+        (["--algo", "ppo", "--difficulty", "logistic"], ["difficulty", "baseline"]),
+        (["--gamma", "0.9"], ["gamma", "baseline"]),
+        (["--top_k", "20"], ["top_k", "got 20", "temperature"]),
+        (["--top_p", "0.9"], ["top_p", "got 0.9", "temperature"]),
+        (["--kl_coef", "0", "--kl_target", "0.1"], ["kl_target", "kl_coef"]),
+        (["--kl_coef", "0", "--ref_sync_steps", "5"], ["ref_sync_steps", "kl_coef"]),
+        (
+            ["--algo", "ppo", "--group_size", "1", "--length_alpha", "0.1"],
+            ["group_size", "length_alpha", "got 1"],
+        ),
         (
             ["--prompts_per_step", "10", "--updates_per_rollout", "4"],
             ["prompts_per_step", "updates_per_rollout"],
