@@ -1,8 +1,8 @@
-"""The judge of `rewards.verify` beside Math-Verify, on the same pairs in one run: judgements a second, and
-right ones.
+"""The judge of `rewards.verify` beside Math-Verify, on the
+same pairs in one run: judgements a second, and right ones.
 
-    python benchmarks/verifier.py                        # the table python benchmarks/verifier.py --json
-    rows.jsonl      # rows {"case", "peer", "peer_value", "ours", "ratio", "unit"}
+    python benchmarks/verifier.py                    # the table
+    python benchmarks/verifier.py --json rows.jsonl  # {"case", "peer", "peer_value", "ours", "ratio", "unit"}
 
 Every pair is new to the judge and no verdict is remembered: Math-Verify's own caches are emptied before each
 repeat, ours has none. Pairs are made from a fixed seed; more than 30 % of them differ as strings, many of
@@ -130,8 +130,8 @@ def ours(pairs: list[Pair]) -> tuple[list[bool], list[float]]:
 
 
 def math_verify(pairs: list[Pair]) -> tuple[list[bool], list[float]]:
-    """The same by Math-Verify, as its documentation uses it: both sides as the LaTeX that it reads best, no
-    thought.
+    """The same by Math-Verify, as its documentation uses it:
+    both sides as the LaTeX that it reads best, no thought.
     """
     from math_verify import parse, verify
     from math_verify import parser as peer_parser
