@@ -8,7 +8,7 @@ SEED ?= 0
 ARGS ?=
 MODEL ?= outputs/grpo/final
 BIN := .venv/bin
-ALGOS := grpo dr_grpo dapo gspo rloo cispo
+ALGOS := ppo grpo dr_grpo dapo gspo grpo_lead rloo cispo
 DEMO := outputs/demo-seed$(SEED)
 
 .DEFAULT_GOAL := help
@@ -17,7 +17,7 @@ DEMO := outputs/demo-seed$(SEED)
 help:
 	@echo "make demo [SEED=0]        cold start, GRPO, evaluation of both on the tiny model, in minutes"
 	@echo "make sft  [ARGS=...]      the cold start alone (train_sft.py)"
-	@echo "make grpo [ARGS=...]      reinforcement learning (train_grpo.py); also dr_grpo, dapo, gspo, rloo, cispo"
+	@echo "make grpo [ARGS=...]      reinforcement learning (train_grpo.py); also ppo, dr_grpo, dapo, gspo, ..."
 	@echo "make evaluate MODEL=...   accuracy with intervals (evaluate.py)"
 	@echo "make chat [MODEL=...]     the chat page in the browser; make terminal: in the terminal"
 	@echo "make clean-baseline       the tiny model on clean examples, for as long as the demo trains"
@@ -51,7 +51,7 @@ demo: .venv/ready
 
 # The control: no reinforcement learning, no slips of the teacher, as many seconds of training as the demo's two stages.
 clean-baseline: .venv/ready
-	@$(BIN)/python train_sft.py --output $(DEMO)/clean --seed $(SEED) --data_options '{slip_rate: 0.0}' --total_steps 1300
+	@$(BIN)/python train_sft.py --output $(DEMO)/clean --seed $(SEED) --data_options '{slip_rate: 0.0}' --total_steps 1200
 	@$(BIN)/python evaluate.py --model $(DEMO)/clean/final --limit 1000 --samples 8 --json $(DEMO)/clean.json
 
 sft: .venv/ready

@@ -4,8 +4,7 @@ Cross entropy on completions only: the prompt is read, never imitated, and the e
 The loss is the mean over all completion tokens of a step, whatever the micro-batches and the number of
 processes.
 
-    python train_sft.py                                     # the built-in tiny model on the built-in sums, on
-    a laptop
+    python train_sft.py                                     # the tiny model on the built-in sums, on a laptop
     accelerate launch train_sft.py --model Qwen/Qwen2.5-0.5B --data gsm8k --learning_rate 1e-5      # one GPU
     accelerate launch --num_processes 4 train_sft.py ...    # several
 """
@@ -45,7 +44,7 @@ class SFTConfig(TrainingConfig):
     max_completion_tokens: int = 1024
     """Examples with a longer completion are left out, and counted: a cut one would teach not to finish."""
 
-    total_steps: int = 800
+    total_steps: int = 700
     """Optimizer steps."""
     examples_per_step: int = 64
     """Examples in a step, over all processes."""
@@ -56,8 +55,8 @@ class SFTConfig(TrainingConfig):
     warmup_steps: int = 50
     weight_decay: float = 0.01
 
-    eval_every: int = 200
-    save_every: int = 400
+    eval_every: int = 350
+    save_every: int = 350
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
@@ -112,9 +111,7 @@ def encode_examples(problems: list[Problem], tokenizer: Any, config: SFTConfig) 
 
 
 def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
-    """Train; returns the exit code. `train_grpo` hands in its own Accelerator for the automatic cold
-    start.
-    """
+    """Train; returns the exit code. For the automatic cold start `train_grpo` hands in its Accelerator."""
     with at_the_door():
         accelerator = accelerator or make_accelerator(config.tracker, config.output)
         start = open_run(config)
