@@ -1,5 +1,5 @@
-"""From sequences to tensors: one layout for every batch, and micro-batches that change the memory but not the
-gradient.
+"""From sequences to tensors: one layout for every batch, and
+micro-batches that change the memory but not the gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 def pad_batch(
     prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], pad_token_id: int
 ) -> dict[str, Tensor]:
-    """Lay out sequences: prompts padded on the left, completions on the right, so that column P starts every
-    completion.
+    """Lay out sequences: prompts padded on the left, completions
+    on the right, so that column P starts every completion.
 
     Returns:
         `input_ids [B, P+T]` and `attention_mask [B, P+T]` (int64), `completion_mask [B, T]` (bool, True
@@ -39,8 +39,8 @@ def pad_batch(
 def plan_micro_batches(
     lengths: Sequence[tuple[int, int]], rows: Sequence[int], token_budget: int
 ) -> list[list[int]]:
-    """Share rows out to micro-batches: longest first, so that what does not fit shows at once; neighbours in
-    length.
+    """Share rows out to micro-batches: longest first, so that
+    what does not fit shows at once; neighbours in length.
 
     Args:
         lengths: (prompt tokens, completion tokens) of every row.
@@ -67,8 +67,8 @@ def micro_batches(
     rows: Sequence[int],
     token_budget: int,
 ) -> Iterator[tuple[list[int], float, AbstractContextManager]]:
-    """The micro-batches of one update; every process gets equally many and synchronises gradients on the
-    last.
+    """The micro-batches of one update; every process gets
+    equally many and synchronises gradients on the last.
 
     Yields:
         Row numbers; a scale for their weights (0 for the filler of a process that has less to do); the

@@ -3,8 +3,7 @@
 Both models answer the same problems through the same engine, prompts and judge.
 
     python evaluate.py --model outputs/grpo/final --baseline outputs/sft/final
-    python evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k --limit 200 --samples 8 --json
-    gsm8k.json
+    python evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k --limit 200 --samples 8 --json it.json
 """
 
 import json
@@ -33,9 +32,7 @@ class EvaluateConfig:
     baseline: str | None = None
     """A second model, measured beside the first on the same problems."""
     data: str = "arithmetic"
-    """A built-in task (arithmetic, word_problems, countdown), gsm8k, math, openr1-math, a Hub name, a file or
-    a folder.
-    """
+    """A task (arithmetic, word_problems, countdown), gsm8k, math, openr1-math, a Hub name or a path."""
     split: str = "test"
     """train, validation or test."""
     limit: int | None = None
@@ -51,9 +48,7 @@ class EvaluateConfig:
     max_completion_tokens: int = 512
     """Tokens a completion at most."""
     samples: int = 0
-    """Besides the greedy answer, this many sampled ones a problem: their mean accuracy, and pass@k with k =
-    samples.
-    """
+    """Besides the greedy answer, this many sampled ones: their mean accuracy, and pass@k with k = samples."""
     temperature: float = 1.0
     """Of the sampled answers."""
     seed: int = 0
@@ -129,8 +124,8 @@ def table(results: dict[str, Result]) -> str:
 
 
 def telling_problem(results: list[Result]) -> int:
-    """A problem that shows the difference: wrong with the baseline and right with the model, else the
-    first.
+    """A problem that shows the difference: wrong with the
+    baseline and right with the model, else the first.
     """
     if len(results) == 2:
         pairs = zip(results[0].greedy, results[1].greedy, strict=True)

@@ -1,5 +1,5 @@
-"""Models and tokenizers: the built-in tiny one, any Hugging Face causal language model, and the policy that
-trains.
+"""Models and tokenizers: the built-in tiny one, any Hugging
+Face causal language model, and the policy that trains.
 
 A model folder is an ordinary Hugging Face folder: safetensors, config, generation config, tokenizer with its
 chat template. Whatever is saved here loads in plain transformers.
@@ -71,8 +71,8 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def build_tiny(seed: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The built-in model with fresh weights: Qwen2's architecture, 0.44 M parameters, trained from nothing in
-    minutes.
+    """The built-in model with fresh weights: Qwen2's architecture,
+    0.44 M parameters, trained from nothing in minutes.
 
     Args:
         seed: of the weights; the global random state is left as it was.

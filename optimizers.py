@@ -1,5 +1,5 @@
-"""How weights move: AdamW, or Muon for the matrices of a model that starts from nothing; and the learning
-rate over time.
+"""How weights move: AdamW, or Muon for the matrices of a model
+that starts from nothing; and the learning rate over time.
 """
 
 import math

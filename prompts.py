@@ -92,8 +92,8 @@ def encode_prompt(tokenizer, question: str | list[Message]) -> list[int]:
 
 
 def completion_prefix(prompt: str) -> str:
-    """What the template already wrote of the completion: `<think>` where it opens the thought itself, else
-    nothing.
+    """What the template already wrote of the completion:
+    `<think>` where it opens the thought itself, else nothing.
 
     Put it before the decoded completion before parsing: a format check that does not know of a prefilled
     `<think>` scores
@@ -136,8 +136,8 @@ class ParsedCompletion:
 
 
 def parse_completion(text: str) -> ParsedCompletion:
-    """Take a completion apart; `text` starts with `completion_prefix(prompt)`. Never raises, whatever the
-    text.
+    """Take a completion apart; `text` starts with
+    `completion_prefix(prompt)`. Never raises, whatever the text.
 
     Everything before a first `</think>` that nothing opened is a thought that began with the text (a
     prefilled tag that

@@ -1,5 +1,5 @@
-"""Inference: the types that every engine and every caller share, free of torch so that a Mac without it
-imports them.
+"""Inference: the types that every engine and every caller
+share, free of torch so that a Mac without it imports them.
 """
 
 from collections.abc import Callable, Iterator, Sequence

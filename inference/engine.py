@@ -18,8 +18,8 @@ from inference.sampling import choose
 
 
 def row_uniforms(seed: Sequence[int], prompt: int, sample: int, length: int) -> np.ndarray:
-    """The random numbers of one completion, `[length]` float64 in [0, 1), keyed by (*seed, prompt, sample)
-    alone.
+    """The random numbers of one completion, `[length]`
+    float64 in [0, 1), keyed by (*seed, prompt, sample) alone.
     """
     return np.random.default_rng((*seed, prompt, sample)).random(length)
 
@@ -106,8 +106,8 @@ class TorchEngine:
                 self._advance(state, token)
 
     def _batches(self, lengths: list[int], n: int, limit: int) -> Iterator[list[int]]:
-        """Prompt numbers that decode together: neighbours in length, so that little is padded, under the
-        token budget.
+        """Prompt numbers that decode together: neighbours in
+        length, so that little is padded, under the token budget.
         """
         batch: list[int] = []
         for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):

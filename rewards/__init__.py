@@ -49,8 +49,8 @@ _ALLOWED = (
 
 
 class RewardError(Exception):
-    """A reward function broke its promise: raised, returned the wrong length, or something that is no finite
-    number.
+    """A reward function broke its promise: raised, returned
+    the wrong length, or something that is no finite number.
     """
 
 
@@ -87,8 +87,8 @@ class RewardSet:
 
     @property
     def slots(self) -> list[Reward]:
-        """The `model:NAME` rewards. Their owner sets `function`, always called in this process; see
-        `model_name`.
+        """The `model:NAME` rewards. Their owner sets `function`,
+        always called in this process; see `model_name`.
         """
         return [reward for reward in self.rewards if reward.model_name]
 

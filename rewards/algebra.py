@@ -53,8 +53,8 @@ def equal(left: Node, right: Node) -> bool | None:
 
 
 def proportional(left: Node, right: Node) -> int | None:
-    """The sign of the constant c with left = c * right, where there is one; 0 where not; None where
-    undecided.
+    """The sign of the constant c with left = c * right,
+    where there is one; 0 where not; None where undecided.
     """
     algebra = Algebra()
     try:
@@ -521,8 +521,8 @@ class Algebra:
         return None
 
     def logarithm(self, arguments: list[Value]) -> Value:
-        r"""`\log_b x`; without a base it is one and the same unknown base, so neither `\ln` nor base 10 is
-        assumed.
+        r"""`\log_b x`; without a base it is one and the same
+        unknown base, so neither `\ln` nor base 10 is assumed.
         """
         top = self.function("ln", arguments[:1])
         if len(arguments) == 1:

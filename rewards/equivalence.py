@@ -75,8 +75,8 @@ class _Comparison:
         return _is_assignment(answer) and answer[2][0] == gold[2][0]
 
     def bare(self, node: Node) -> Node | None:
-        """A node without the name in front of it, as an interval where it is an inequality; None for a
-        contradiction.
+        """A node without the name in front of it, as an interval
+        where it is an inequality; None for a contradiction.
         """
         if node[0] in ("list", "set"):
             parts = [self.bare(item) if item[0] == "rel" else item for item in node[1]]
@@ -101,8 +101,8 @@ class _Comparison:
         return self.chain_value(values)
 
     def chain_value(self, values: Sequence[Node]) -> Node | None:
-        """What `a = b = c` amounts to: its last part, if all parts are proved equal; None for a
-        contradiction.
+        """What `a = b = c` amounts to: its last part, if all
+        parts are proved equal; None for a contradiction.
         """
         for left, right in zip(values, values[1:], strict=False):
             if self.same(left, right) is not True and not _rounds_to(left, right):

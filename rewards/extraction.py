@@ -1,5 +1,5 @@
-"""What a completion claims as its answer, and what a gold text holds. Linear time on any text, and no parser
-yet.
+"""What a completion claims as its answer, and what a gold
+text holds. Linear time on any text, and no parser yet.
 
 Only text outside the thought counts. The places are tried in a fixed order, and the first kind that is there
 is the one that counts: an answer box or an `<answer>` block, a `####` line, a phrase such as "the answer
@@ -30,8 +30,8 @@ _CLAIM = re.compile(r"(?:[A-Za-z']++\s++){1,8}?(?:is|are|was|equals)\s++(?=[-+$\
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of every outermost `\boxed{…}` or `\fbox{…}` in order, braces nested to any depth; one
-    pass.
+    r"""The contents of every outermost `\boxed{…}` or
+    `\fbox{…}` in order, braces nested to any depth; one pass.
     """
     if "box" not in text:
         return []
@@ -109,8 +109,8 @@ def candidates(completion: str, strict: bool = True) -> list[str]:
 
 
 def gold_answer(gold: str) -> str:
-    r"""The answer in a gold text: bare, dollar-wrapped, `\boxed{…}`, or a worked solution that ends in `####
-    …`.
+    r"""The answer in a gold text: bare, dollar-wrapped,
+    `\boxed{…}`, or a worked solution that ends in `#### …`.
     """
     if "####" in gold:
         return gold.rpartition("####")[2]

@@ -303,8 +303,8 @@ class _Parser:
         )
 
     def mixed(self, whole: Node) -> Node:
-        r"""`2\frac{1}{3}` is two and a third where the fraction is a proper one of plain integers, else a
-        product.
+        r"""`2\frac{1}{3}` is two and a third where the fraction
+        is a proper one of plain integers, else a product.
         """
         fraction = self.atom()
         _, top, bottom = fraction
@@ -368,8 +368,8 @@ class _Parser:
         return ("fn", "abs", inner)
 
     def argument(self) -> Node:
-        """What a command takes: a group, or the next single sign; of a number only its first digit
-        (`\\frac72`).
+        """What a command takes: a group, or the next single
+        sign; of a number only its first digit (`\\frac72`).
         """
         token = self.peek()
         if token[:1].isdigit() and len(token) > 1 and token.isdigit():
@@ -460,8 +460,8 @@ class _Parser:
         return node if power is None else ("^", node, power)
 
     def function_argument(self) -> Node:
-        r"""Of `\sin 2x \cos x`: the factors side by side up to the next function or sign; of `\sin(x)y` the
-        bracket.
+        r"""Of `\sin 2x \cos x`: the factors side by side up to
+        the next function or sign; of `\sin(x)y` the bracket.
         """
         if self.peek() == "-":
             self.take()

@@ -1,5 +1,5 @@
-"""Plain numbers, compared exactly: decimals of any length, fractions, mixed numbers, percentages, money and
-units.
+"""Plain numbers, compared exactly: decimals of any length,
+fractions, mixed numbers, percentages, money and units.
 
 Decimals are compared as digits, so nothing here depends on the size of a number; a `Fraction` is made only
 of numbers short enough to be cheap.
@@ -191,8 +191,8 @@ def _read_fraction(text: str) -> Quantity | None:
 
 
 def same_number(answer: Quantity, gold: Quantity) -> bool:
-    """Is it the same quantity? Exact, but for a gold that is itself a rounded decimal (see
-    `within_rounding`).
+    """Is it the same quantity? Exact, but for a gold that
+    is itself a rounded decimal (see `within_rounding`).
 
     A unit that one side leaves out is no difference; two different units are. A percentage equals its value
     (50% and 0.5), and the same figure with the sign left out, where that figure could not be meant as a
@@ -228,8 +228,8 @@ def _same_figure(answer: Quantity, gold: Quantity) -> bool:
 
 
 def within_rounding(answer: Fraction, gold: Fraction, places: int | None) -> bool:
-    """Could the gold, written with this many decimals, be the answer rounded? Half a unit of its last digit,
-    no more.
+    """Could the gold, written with this many decimals, be the
+    answer rounded? Half a unit of its last digit, no more.
 
     A gold with a single significant digit (0.5) is taken as exact: half a unit would be a tenth of its value
     or more.

@@ -78,8 +78,8 @@ def _numbers_used(node: Node) -> list[int]:
 
 
 def _arithmetic(node: Node) -> Fraction:
-    """The value of a tree that `_numbers_used` has passed; small, because its numbers were given by the
-    problem.
+    """The value of a tree that `_numbers_used` has passed;
+    small, because its numbers were given by the problem.
     """
     if node[0] == "num":
         return Fraction(node[1])
@@ -109,8 +109,8 @@ def format_binary(completions: list[str], prompts: Sequence | None = None) -> li
 
 
 def format_graded(completions: list[str], prompts: Sequence | None = None) -> list[float]:
-    """0, 0.25 (a closed thought), 0.5 (an answer after it, with stray text) or 1 (well formed): a slope to
-    climb.
+    """0, 0.25 (a closed thought), 0.5 (an answer after it,
+    with stray text) or 1 (well formed): a slope to climb.
     """
     return [_format_grade(text) for text in _with_prefix(completions, prompts)]
 
@@ -136,16 +136,16 @@ def steps(completions: list[str], *, wanted: int = 3) -> list[float]:
 
 
 def verification(completions: list[str]) -> list[float]:
-    """1 where the thought says that it checks itself. Words, not deeds: give it a small weight, or it
-    becomes a ritual.
+    """1 where the thought says that it checks itself. Words,
+    not deeds: give it a small weight, or it becomes a ritual.
     """
     thoughts = [parse_completion(text).thought or "" for text in completions]
     return [float(_VERIFICATION.search(thought) is not None) for thought in thoughts]
 
 
 def repetition(completions: list[str], *, n: int = 4) -> list[float]:
-    """The share of word n-grams that stood in the text before, 0 to 1; long runs without spaces are cut into
-    words.
+    """The share of word n-grams that stood in the text before,
+    0 to 1; long runs without spaces are cut into words.
     """
     return [_repeated_share(_WORD.findall(text), n) for text in completions]
 
@@ -158,8 +158,8 @@ def _repeated_share(words: list[str], n: int) -> float:
 
 
 def unique_characters(completions: list[str]) -> list[float]:
-    """How many different characters a completion has: a toy that shows in a minute whether learning works at
-    all.
+    """How many different characters a completion has: a toy
+    that shows in a minute whether learning works at all.
     """
     return [float(len(set(text))) for text in completions]
 
@@ -183,8 +183,8 @@ def length_penalty(
     budget: int = 256,
     only_correct: bool = False,
 ) -> list[float]:
-    """The excess over a budget as a share of the budget, at most 1; nothing below it. Give it a negative
-    weight.
+    """The excess over a budget as a share of the budget,
+    at most 1; nothing below it. Give it a negative weight.
 
     A penalty on every token of every answer would outweigh the format reward at a hundred tokens, and
     thinking with it. With `only_correct`, wrong answers are not told to be wrong sooner.

@@ -1,5 +1,5 @@
-r"""What needs real computer algebra, in a child process: proofs by SymPy, and texts that only Math-Verify
-can read.
+r"""What needs real computer algebra, in a child process:
+proofs by SymPy, and texts that only Math-Verify can read.
 
 The libraries are imported in the child alone. SymPy gets trees built by our own parser, node by node;
 Math-Verify gets guarded LaTeX and reads it with a grammar, without `eval`.

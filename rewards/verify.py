@@ -89,8 +89,8 @@ _LATEX_COMMAND = re.compile(r"\\[A-Za-z]{2,}")
 
 
 def clean(text: str) -> str:
-    """An answer without what only dresses it: white space, dollar signs of maths, bold marks, a closing
-    point.
+    """An answer without what only dresses it: white space,
+    dollar signs of maths, bold marks, a closing point.
     """
     text = text.strip()
     if text[-1:].isalnum() and text[:1].isalnum():
@@ -152,8 +152,8 @@ def _plain_words(text: str) -> str:
 
 
 def _same_choice(answer: str, gold: str) -> bool | None:
-    """Multiple choice: the same letter, whatever brackets or repeated option stand around it; None if it is
-    not that.
+    """Multiple choice: the same letter, whatever brackets or
+    repeated option stand around it; None if it is not that.
     """
     chosen, right = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(gold)
     if not right or not chosen:

@@ -1,5 +1,5 @@
-"""Checkpoints: a model folder that anyone can load, and beside the weights what a run needs to go on as if
-never stopped.
+"""Checkpoints: a model folder that anyone can load, and beside
+the weights what a run needs to go on as if never stopped.
 
 Written to a temporary folder, flushed to disk, then renamed, the manifest with its checksums last: a folder
 under `checkpoints/` is whole or it is not there. What is read back is safetensors and `weights_only` tensors:

@@ -106,8 +106,8 @@ class RunStopped(Exception):
 
 @contextmanager
 def at_the_door() -> Iterator[None]:
-    """Mark what is raised while input is checked as the user's mistake, so that it ends in a message, not a
-    traceback.
+    """Mark what is raised while input is checked as the user's
+    mistake, so that it ends in a message, not a traceback.
     """
     try:
         yield

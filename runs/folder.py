@@ -1,5 +1,5 @@
-"""The folder of a run, and where it goes on from: `config.yaml`, `environment.json`, JSON lines, checkpoints,
-`final/`.
+"""The folder of a run, and where it goes on from: `config.yaml`,
+`environment.json`, JSON lines, checkpoints, `final/`.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ HARMLESS = {
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run begins: afresh (`checkpoint` None), from a checkpoint, or not at all because it is
-    finished.
+    """Where a run begins: afresh (`checkpoint` None), from
+    a checkpoint, or not at all because it is finished.
     """
 
     folder: Path
@@ -164,8 +164,8 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: Path) -
 
 
 class Run:
-    """A run while it trains: log, checkpoints, best and final model. Every process holds one; the main one
-    writes.
+    """A run while it trains: log, checkpoints, best and final
+    model. Every process holds one; the main one writes.
 
     Attributes:
         step: steps done.
@@ -236,8 +236,8 @@ class Run:
             self._write("best")
 
     def finish(self, stop: StopRequest) -> int:
-        """Leave something usable: the final model, or where a stopped run goes on from. Returns the exit
-        code.
+        """Leave something usable: the final model, or where
+        a stopped run goes on from. Returns the exit code.
         """
         if stop.signal:
             saved = self.folder / "checkpoints" / f"step-{self.step:06d}"

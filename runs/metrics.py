@@ -1,5 +1,5 @@
-"""What a run tells: JSON lines on disk, trackers, one aligned line a step, a progress bar with the time
-left.
+"""What a run tells: JSON lines on disk, trackers, one
+aligned line a step, a progress bar with the time left.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Being told to stop: the step in hand is finished and saved, then the process ends with the code a shell
-expects.
+"""Being told to stop: the step in hand is finished and
+saved, then the process ends with the code a shell expects.
 """
 
 import signal

@@ -1,5 +1,5 @@
-"""What every training script can be told, whatever it learns from: the fields that its own configuration
-inherits.
+"""What every training script can be told, whatever it
+learns from: the fields that its own configuration inherits.
 """
 
 from dataclasses import dataclass, field

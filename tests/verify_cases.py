@@ -1,5 +1,5 @@
-"""Pairs of answers that say the same and pairs that do not, by kind; and texts that nobody honest would
-write.
+"""Pairs of answers that say the same and pairs that do
+not, by kind; and texts that nobody honest would write.
 
 In an equal pair both are golds: the judge has to accept either for the other, unless the kind is in
 `ONE_WAY`, where the first is the answer and the second the gold. Unequal pairs are rejected both ways, with
