@@ -9,7 +9,7 @@ import copy
 import importlib.util
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,7 @@ from losses import token_logprobs
 # A bar for every file that is read or written is noise among a run's lines; the Hub's own bars stay.
 logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))
 
+ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
 TINY = "tiny"  # the name of the built-in model wherever a model is asked for
 
 # ------------------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def load_model(name: str, seed: int = 0, device: str | torch.device | None = Non
     autocast.
 
     Args:
-        name: `tiny`, a folder, or a name on the Hugging Face Hub.
+        name: `tiny`, a folder (of a model, or of an adapter to the model that it names), or a Hub name.
         seed: of the fresh weights of `tiny`.
         device: moved there; None leaves it on the CPU.
 
@@ -158,6 +159,8 @@ def load_model(name: str, seed: int = 0, device: str | torch.device | None = Non
     """
     if name == TINY:
         model = build_tiny(seed)[0]
+    elif (Path(name) / ADAPTER).is_file():
+        model = _load_adapter(name)
     else:
         _require_model(name)
         try:
@@ -165,6 +168,37 @@ def load_model(name: str, seed: int = 0, device: str | torch.device | None = Non
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"model {name!r} could not be loaded: {error}") from error
     return model.to(device) if device is not None else model
+
+
+def add_adapter(model: nn.Module, rank: int, seed: int) -> nn.Module:
+    """Freeze a model and put a LoRA adapter on every linear layer (arXiv 2106.09685), scaled by 1.
+
+    Args:
+        model: from `load_model`; one that has an adapter already is returned as it is.
+        rank: of the adapter; what it adds is zero at first.
+        seed: of its weights; the global random state is left as it was.
+
+    Raises:
+        ValueError: the weights came from nowhere, and nobody could load them again.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model  # seconds, for those who need it
+
+    if isinstance(model, PeftModel):
+        return model
+    if not model.name_or_path:
+        raise ValueError("lora_rank needs a model folder or a Hub name, not fresh weights; give --model")
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def _load_adapter(folder: str) -> nn.Module:
+    """The adapter of a folder on the model that its configuration names, ready to be trained on."""
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    return PeftModel.from_pretrained(load_model(base), folder, is_trainable=True)
 
 
 def save_model(folder: str | os.PathLike, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -185,7 +219,7 @@ def _require_model(name: str) -> None:
     """Refuse a path that is not there before the Hub is asked for it."""
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
             raise FileNotFoundError(
                 f"model {name!r} is a folder without a config.json; give a Hugging Face model folder"
             )
@@ -234,7 +268,7 @@ class Critic(nn.Module):
         """Build it beside a causal language model."""
         super().__init__()
         decoder = model.get_decoder()
-        self.trunk = copy.deepcopy(decoder) if kind == "separate" else None
+        self.trunk = copy.deepcopy(decoder).requires_grad_(True) if kind == "separate" else None
         self.head = nn.Linear(model.get_output_embeddings().in_features, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -303,6 +337,20 @@ class Policy(nn.Module):
             logprobs = all_logprobs.gather(-1, targets[..., None]).squeeze(-1)
         values = self.critic(states, inputs)[:, before] if self.critic is not None else None
         return logprobs, entropy, values
+
+
+class WithoutAdapter(nn.Module):
+    """A LoRA policy as it was before: the reference that costs no second model."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Look at a policy whose model has an adapter."""
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `Policy.forward`, with the adapter off."""
+        with self.policy.model.disable_adapter():
+            return self.policy(**inputs)
 
 
 @torch.no_grad()

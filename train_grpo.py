@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
 import rewards
 from credit import credit, explained_variance
@@ -23,7 +24,7 @@ from data import Problem, load_problems, take
 from exam import hold_shared_exam
 from inference import SamplingParams
 from inference.engine import TorchEngine
-from models import Policy, load_model, load_tokenizer, make_accelerator
+from models import ADAPTER, Policy, WithoutAdapter, add_adapter, load_model, load_tokenizer, make_accelerator
 from optimizers import make_optimizer, make_scheduler
 from prompts import encode_prompt
 from rollouts import (
@@ -258,6 +259,13 @@ def refuse_mixes(config: GRPOConfig) -> None:
             "a completion that has one ratio counts as one",
         ),
     ]
+    mixes.append(
+        (
+            config.ref_sync_steps and config.lora_rank,
+            "ref_sync_steps does not go with lora_rank: the reference is the model without its adapter, and "
+            "stays what it is; give --ref_sync_steps 0",
+        )
+    )
     for knob in CRITIC:
         unread = not has_critic and getattr(config, knob) is not None
         mixes.append((unread, f"{knob} needs a critic, not baseline={baseline!r}; give --baseline critic"))
@@ -305,7 +313,7 @@ class Training:
     reward_set: rewards.RewardSet
     engine: TorchEngine
     policy: Any
-    reference: Policy | None
+    reference: nn.Module | None
     optimizer: Any
     scheduler: Any
     run: Run
@@ -414,6 +422,14 @@ def look_back(training: Training, batch: RolloutBatch) -> None:
         tensors["ref_logprobs"] = told["old_logprobs"]
 
 
+def build_reference(config: GRPOConfig, policy: Policy) -> nn.Module:
+    """The policy that the KL is taken to: a frozen copy, or the policy itself with its adapter off."""
+    began_with_adapter = (Path(config.model) / ADAPTER).is_file()
+    if config.lora_rank and not began_with_adapter:
+        return WithoutAdapter(policy)
+    return Policy(load_model(config.model, config.seed)).requires_grad_(False)
+
+
 def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
     """Begin `run.memory`, or take up what a checkpoint kept of it."""
     restored = run.memory
@@ -515,9 +531,10 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[
             load_problems(config.data, "validation", **config.data_arguments()) if config.eval_every else []
         )
         model = load_model(source, config.seed)
-        reference = Policy(load_model(config.model)).requires_grad_(False) if config.kl_coef else None
+        model = add_adapter(model, config.lora_rank, config.seed) if config.lora_rank else model
+        policy = Policy(model, config.critic)
+        reference = build_reference(config, policy) if config.kl_coef else None
 
-    policy = Policy(model, config.critic)
     optimizer = make_optimizer(
         policy, config.optimizer, config.learning_rate, config.weight_decay, config.critic_learning_rate
     )

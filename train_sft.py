@@ -22,7 +22,7 @@ from exam import hold_shared_exam
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from losses import loss_weights
-from models import TINY, Policy, load_model, load_tokenizer, make_accelerator
+from models import TINY, Policy, add_adapter, load_model, load_tokenizer, make_accelerator
 from optimizers import make_optimizer, make_scheduler
 from prompts import encode_prompt
 from runs.config import at_the_door, parse_config, require, run_script
@@ -127,6 +127,7 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
             load_problems(config.data, "validation", **load)[: config.eval_limit] if config.eval_every else []
         )
         model = load_model(source, config.seed)
+        model = add_adapter(model, config.lora_rank, config.seed) if config.lora_rank else model
 
     policy = Policy(model)
     optimizer = make_optimizer(policy, config.optimizer, config.learning_rate, config.weight_decay)

@@ -34,6 +34,8 @@ class TrainingConfig:
     system_prompt: str | None = None
     """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
 
+    lora_rank: int = 0
+    """Above 0: LoRA adapters of this rank on every linear layer learn, and the weights stay as they are."""
     total_steps: int
     """How long to train."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -68,7 +70,7 @@ class TrainingConfig:
         """Refuse what cannot train."""
         require(self, "total_steps", "max_prompt_tokens", "micro_batch_tokens", at_least=1)
         require(self, "eval_limit", "save_every", "keep_checkpoints", at_least=1)
-        require(self, "seed", "eval_every", "warmup_steps", "weight_decay", at_least=0)
+        require(self, "seed", "eval_every", "warmup_steps", "weight_decay", "lora_rank", at_least=0)
         require(self, "learning_rate", "max_grad_norm", above=0)
 
     def data_arguments(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+import models as models_module
 import runs.folder
 from evaluate import EvaluateConfig
 from evaluate import main as evaluate
@@ -47,7 +48,8 @@ def quick_grpo(output, **changes):
 
 
 def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
+    (file,) = Path(folder).glob("*model.safetensors")  # a model's, or an adapter's
+    return load_file(file)
 
 
 def lines(path):
@@ -182,9 +184,12 @@ def crash_after(monkeypatch, step):
         (train_grpo, quick_grpo, {"algo": "dapo", "max_refills": 1}),
         (train_grpo, quick_grpo, {"algo": "ppo", "updates_per_rollout": 2, "critic": "separate"}),
         (train_grpo, quick_grpo, {"kl_target": 0.01, "ref_sync_steps": 2, "replay_groups": 3}),
+        (train_grpo, quick_grpo, {"model": "random_qwen", "lora_rank": 4, "kl_coef": 0.1}),
     ],
 )
-def test_a_killed_run_resumes_to_the_same_bits(train, quick, changes, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bits(train, quick, changes, tmp_path, monkeypatch, random_qwen):
+    if changes.get("model") == "random_qwen":
+        changes = changes | {"model": str(random_qwen)}
     assert train(quick(tmp_path / "whole", **changes)) == 0
     with monkeypatch.context() as patch:
         crash_after(patch, 2)
@@ -270,6 +275,27 @@ def test_replayed_groups_are_learned_from_again_by_their_probability_now(tmp_pat
     assert all(step["policy/ratio_max"] == pytest.approx(1, abs=1e-5) for step in replayed)
     assert without[0]["policy/grad_norm"] == pytest.approx(replayed[0]["policy/grad_norm"], rel=1e-4)
     assert without[1]["policy/grad_norm"] != pytest.approx(replayed[1]["policy/grad_norm"], rel=1e-2)
+
+
+def test_a_lora_policy_is_its_own_reference_and_is_saved_as_an_adapter(random_qwen, tmp_path, monkeypatch):
+    loaded = []
+    load = models_module.load_model
+    monkeypatch.setattr("train_grpo.load_model", lambda *args: loaded.append(args) or load(*args))
+    changes = {"model": str(random_qwen), "lora_rank": 4, "kl_coef": 0.1}
+    steps = metrics_of(tmp_path, "run", **changes)
+    assert len(loaded) == 1  # no second model for the reference
+    assert abs(steps[0]["policy/kl"]) < 1e-6 < steps[2]["policy/kl"]
+    base, tuned = (load(str(folder)) for folder in (random_qwen, tmp_path / "run" / "final"))
+    with tuned.disable_adapter():
+        for name, weight in base.named_parameters():
+            held = tuned.base_model.model.get_parameter(name.replace("proj.", "proj.base_layer."))
+            assert torch.equal(held, weight)
+    ids = torch.tensor([[1, 2, 3]])
+    assert not torch.allclose(base(ids).logits, tuned(ids).logits)
+    # Going on from the adapter, the reference is what the run begins with: the adapter included.
+    again = metrics_of(tmp_path, "again", **changes | {"model": str(tmp_path / "run" / "final")})
+    assert len(loaded) == 3
+    assert abs(again[0]["policy/kl"]) < 1e-6
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
@@ -458,6 +484,8 @@ def exit_of(config_class, train, argv, capsys):
         ),
         (["--model", "tiny", "--rewards", "{corect: 1.0}"], ["corect", "correct"]),
         (["--model", "tiny", "--data", "arithmetik"], ["arithmetik", "arithmetic"]),
+        (["--model", "tiny", "--lora_rank", "4"], ["lora_rank", "--model"]),
+        (["--lora_rank", "4", "--ref_sync_steps", "5"], ["lora_rank", "ref_sync_steps"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_path):
