@@ -7,6 +7,7 @@ chat template. Whatever is saved here loads in plain transformers.
 
 import copy
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -213,6 +214,24 @@ def save_model(folder: str | os.PathLike, model: nn.Module, tokenizer: PreTraine
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _say_rotary_base(Path(folder) / "config.json")
+
+
+def _say_rotary_base(file: Path) -> None:
+    """Repeat in a saved configuration what transformers 5 keeps in `rope_parameters` alone.
+
+    mlx-lm 0.32 reads `rope_theta` and `rope_scaling`, and without them takes a base of its own: the model
+    would load without a word and answer nonsense.
+    """
+    if not file.is_file():  # an adapter's folder
+        return
+    config = json.loads(file.read_text())
+    rotary = config.get("rope_parameters") or {}
+    if "rope_theta" in rotary:  # else one for each kind of layer, which has readers of its own
+        config["rope_theta"] = rotary["rope_theta"]
+        if rotary.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rotary
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _require_model(name: str) -> None:

@@ -1,3 +1,4 @@
+import copy
 import json
 import string
 import unicodedata
@@ -254,6 +255,27 @@ def test_a_critic_values_the_state_before_each_token(random_model, name, kind):
     torch.testing.assert_close(values[mask], torch.cat(expected), rtol=1e-4, atol=1e-4)
     of_policy = torch.autograd.grad(values.sum(), list(model.parameters()), allow_unused=True)
     assert any(gradient is not None for gradient in of_policy) == (kind == "shared")
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("rotary", [{"rope_type": "default", "rope_theta": 123.0}, LLAMA3])
+def test_the_rotary_base_is_said_where_every_reader_looks(tiny, tmp_path, rotary):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    model.config.rope_parameters = rotary
+    model = type(model)(model.config)
+    models.save_model(tmp_path, model, tokenizer)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["rope_theta"] == saved["rope_parameters"]["rope_theta"] == rotary["rope_theta"]
+    assert ("rope_scaling" in saved) == (rotary["rope_type"] != "default")
+    loaded = models.load_model(str(tmp_path))
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    # And once more: what is loaded and saved again says the same.
+    models.save_model(tmp_path / "again", loaded, tokenizer)
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == saved
 
 
 def hooks_of(model):
