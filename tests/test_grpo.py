@@ -1,7 +1,9 @@
 """The step of train_grpo: credit, the choice of groups, and a gradient that nothing but the data decides."""
 
 import copy
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +179,12 @@ def test_rows_tell_every_completion_also_of_groups_left_out():
     rows = rollout_rows(groups, batch, step=7)
     assert [row["advantage"] for row in rows] == [None] * 4 + [-1.0, 3.0, -1.0, -1.0]
     assert {row["group"] for row in rows} == {0, 1}
+
+
+def test_no_line_but_the_table_asks_for_an_algorithms_name():
+    root = Path(__file__).parent.parent
+    source = "".join((root / f"{name}.py").read_text() for name in ("train_grpo", "credit", "updates"))
+    assert not re.search(r"algo\b\s*(==|!=|in\b)", source)
 
 
 def test_presets_fill_what_is_unset_and_flags_win():
