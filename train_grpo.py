@@ -266,6 +266,13 @@ def refuse_mixes(config: GRPOConfig) -> None:
             "stays what it is; give --ref_sync_steps 0",
         )
     )
+    mixes.append(
+        (
+            config.surrogate == "cispo" and config.clip_high < 1,
+            f"clip_high={config.clip_high} with surrogate='cispo' would cap every ratio below 1: it is an "
+            "absolute cap there; give --clip_high 5",
+        )
+    )
     for knob in CRITIC:
         unread = not has_critic and getattr(config, knob) is not None
         mixes.append((unread, f"{knob} needs a critic, not baseline={baseline!r}; give --baseline critic"))
@@ -433,9 +440,10 @@ def build_reference(config: GRPOConfig, policy: Policy) -> nn.Module:
 def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
     """Begin `run.memory`, or take up what a checkpoint kept of it."""
     restored = run.memory
+    # Another run's checkpoint may be gone on from with other knobs: the configuration has the last word.
     run.memory = {
-        "kl_coef": restored.get("kl_coef", config.kl_coef),
-        "replay": restored.get("replay", []),
+        "kl_coef": restored.get("kl_coef", config.kl_coef) if config.kl_target else config.kl_coef,
+        "replay": restored.get("replay", [])[: config.replay_groups],
     }
     moving = {"critic": critic, "reference": reference if config.ref_sync_steps else None}
     for name, module in moving.items():

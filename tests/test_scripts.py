@@ -486,6 +486,7 @@ def exit_of(config_class, train, argv, capsys):
         (["--model", "tiny", "--data", "arithmetik"], ["arithmetik", "arithmetic"]),
         (["--model", "tiny", "--lora_rank", "4"], ["lora_rank", "--model"]),
         (["--lora_rank", "4", "--ref_sync_steps", "5"], ["lora_rank", "ref_sync_steps"]),
+        (["--surrogate", "cispo"], ["clip_high=0.2", "surrogate", "--clip_high 5"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_path):
