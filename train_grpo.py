@@ -584,12 +584,12 @@ def main(config: GRPOConfig) -> int:
     with stop_on_signal() as stop:
         if run.step == 0 and config.eval_every:
             evaluate()
-        while run.step < config.total_steps and not stop.signal:
+        while run.step < config.total_steps and not stop.agreed:
             train_step(training)
             is_last = run.step == config.total_steps
             if config.eval_every and (run.step % config.eval_every == 0 or is_last):
                 evaluate()
-            if run.step % config.save_every == 0 or is_last or stop.signal:
+            if stop.agree() or run.step % config.save_every == 0 or is_last:
                 run.checkpoint()
     return run.finish(stop)
 

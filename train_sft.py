@@ -139,7 +139,7 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
 
     with stop_on_signal() as stop:
-        while run.step < config.total_steps and not stop.signal:
+        while run.step < config.total_steps and not stop.agreed:
             began = time.perf_counter()
             drawn = take(examples, config.seed, run.drawn, config.examples_per_step)
             metrics = update(policy, optimizer, scheduler, accelerator, drawn, tokenizer.pad_token_id, config)
@@ -151,7 +151,7 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
                 run.evaluated(
                     "validation", hold_shared_exam(accelerator, engine, tokenizer, held_out, greedy)
                 )
-            if run.step % config.save_every == 0 or is_last or stop.signal:
+            if stop.agree() or run.step % config.save_every == 0 or is_last:
                 run.checkpoint()
     return run.finish(stop)
 

@@ -239,7 +239,7 @@ class Run:
         """Leave something usable: the final model, or where
         a stopped run goes on from. Returns the exit code.
         """
-        if stop.signal:
+        if stop.agreed:
             saved = self.folder / "checkpoints" / f"step-{self.step:06d}"
             usable = f" A model to use: {saved}" if saved.is_dir() else ""
             self.log.say(f"stopped after {self.step} steps; the same command goes on.{usable}")
@@ -250,7 +250,7 @@ class Run:
             write_report(self.folder)
             self.log.say(f"learning curve: {self.folder / 'report.html'}")
         self.log.close()
-        return stop.exit_code if stop.signal else 0
+        return stop.exit_code if stop.agreed else 0
 
     def _write(self, name: str) -> None:
         if self.accelerator.is_main_process:

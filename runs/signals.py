@@ -9,16 +9,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.utils import gather_object
+
 
 class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM; the second ends the process at once."""
+    """Set by the first Ctrl-C or SIGTERM; the second ends the process at once.
+
+    Attributes:
+        signal: what this process was told, at any moment.
+        agreed: what any process had been told when all were last asked: what a loop goes by.
+    """
 
     signal: int | None = None
+    agreed: int | None = None
+
+    def agree(self) -> bool:
+        """Ask all processes, once a step: a loop that each left on its own would leave the others waiting."""
+        self.agreed = next(filter(None, gather_object([self.signal])), None)
+        return self.agreed is not None
 
     @property
     def exit_code(self) -> int:
         """What a shell expects of a process that a signal ended."""
-        return 128 + (self.signal or 0)
+        return 128 + (self.agreed or self.signal or 0)
 
 
 @contextmanager

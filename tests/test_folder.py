@@ -252,7 +252,7 @@ def test_best_is_the_best_and_not_the_last(config, make_run):
 def test_a_run_that_ends_leaves_final_and_says_where(config, make_run, capsys):
     run = make_run(config)
     train(run, 4)
-    assert run.finish(SimpleNamespace(signal=None)) == 0
+    assert run.finish(SimpleNamespace(agreed=None)) == 0
     assert (Path(config.output) / "final" / MANIFEST).is_file()
     assert f"final model: {Path(config.output) / 'final'}" in capsys.readouterr().out
 
@@ -263,7 +263,7 @@ def test_a_stopped_run_leaves_no_final_and_names_only_what_is_there(config, make
     if saved:
         train(run, 2)
         run.checkpoint()
-    assert run.finish(SimpleNamespace(signal=15, exit_code=143)) == 143
+    assert run.finish(SimpleNamespace(agreed=15, exit_code=143)) == 143
     assert not (Path(config.output) / "final").exists()
     told = capsys.readouterr().out
     assert f"stopped after {run.step} steps; the same command goes on." in told
