@@ -352,12 +352,13 @@ def _hub_source(hub_set: HubSet) -> Source:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column means what; None where there is none."""
+    """Which column means what, None where there is none; and the names of all."""
 
     question: str
     answer: str | None
     worked: str | None
     completion: str | None
+    every: list[str]
 
 
 def _read_problems(
@@ -398,7 +399,7 @@ def _find_columns(
         raise ValueError(_no_column(name, "answer_column", ANSWER_COLUMNS, others) + remedy)
     worked = _find_column("", None, (WORKED_COLUMN,), [column for column in others if column != answer])
     completion = _find_column("", None, (COMPLETION_COLUMN,), others)
-    return Columns(question, answer, worked, completion)
+    return Columns(question, answer, worked, completion, there)
 
 
 def _find_column(option: str, given: str | None, guesses: tuple[str, ...], there: list[str]) -> str | None:
@@ -434,9 +435,8 @@ def _read_problem(row: Row, columns: Columns, require_gold: bool) -> Problem:
     # A thought that brings its own tags would not read back as one completion.
     if completion is None and gold and thought and not any(tag in thought for tag in TAGS):
         completion = format_completion(thought, gold)
-    used = (columns.question, columns.answer, columns.completion)
-    rest = {name: value for name, value in row.values.items() if name not in used}
-    return Problem(question, gold or None, completion, rest)
+    cells = {name: row.values.get(name) for name in columns.every}  # rows of JSON may leave some out
+    return Problem(question, gold or None, completion, cells)
 
 
 def _text(row: Row, column: str | None, role: str) -> str:

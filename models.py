@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -115,16 +117,7 @@ def load_tokenizer(name: str, system_prompt: str | None = None) -> PreTrainedTok
     if name == TINY:
         return build_tiny_tokenizer()
     _require_model(name)
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
-        raise FileNotFoundError(
-            f"model {name!r} has no tokenizer (no tokenizer.json or tokenizer.model in the folder); "
-            "copy the tokenizer files of its base model into it"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"the tokenizer of model {name!r} could not be loaded: {error}") from error
+    tokenizer = _load_any_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of model {name!r} has no eos_token: set one in tokenizer_config.json"
@@ -142,6 +135,19 @@ def load_tokenizer(name: str, system_prompt: str | None = None) -> PreTrainedTok
             "give an empty system_prompt"
         ) from error
     return tokenizer
+
+
+def _load_any_tokenizer(name: str, **sides: str) -> PreTrainedTokenizerBase:
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
+        raise FileNotFoundError(
+            f"model {name!r} has no tokenizer (no tokenizer.json or tokenizer.model in the folder); "
+            "copy the tokenizer files of its base model into it"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name, **sides)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"the tokenizer of model {name!r} could not be loaded: {error}") from error
 
 
 def load_model(name: str, seed: int = 0, device: str | torch.device | None = None) -> nn.Module:
@@ -247,6 +253,77 @@ def _require_model(name: str) -> None:
             f"model {name!r} is not there; give a folder, a Hub name such as Qwen/Qwen2.5-0.5B-Instruct, "
             f"or {TINY!r}"
         )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A model that rewards
+
+
+def load_reward_model(
+    name: str, device: str | torch.device, *, batch_size: int = 16, max_tokens: int = 2048
+) -> Callable[..., list[float]]:
+    """A sequence-classification model of one output as a reward function: the reward is its logit.
+
+    It reads the question and the whole completion, thought included, as a conversation in the chat template
+    of its own tokenizer, or one after the other where that has none.
+
+    Args:
+        name: a folder or a Hub name.
+        device: where it is held.
+        batch_size: completions that are scored together; equal lengths side by side.
+        max_tokens: of a conversation; of a longer one the beginning is left out, as the end has the answer.
+
+    Raises:
+        FileNotFoundError: no such model, or one without a tokenizer.
+        ValueError: a model without a trained head, or with several outputs.
+    """
+    if batch_size < 1 or max_tokens < 1:
+        raise ValueError(f"batch_size and max_tokens must be >= 1, got {batch_size} and {max_tokens}")
+    _require_model(name)
+    has_bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    try:
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"reward model {name!r} could not be loaded: {error}") from error
+    tokenizer = _load_any_tokenizer(name, truncation_side="left", padding_side="right")
+    if loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"]))
+        raise ValueError(
+            f"reward model {name!r} has no trained weights for {missing}: it is not a reward model; give one "
+            "that was trained for sequence classification"
+        )
+    if model.config.num_labels != 1:
+        raise ValueError(f"reward model {name!r} must have one output, got {model.config.num_labels}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.eval().requires_grad_(False).to(device)
+
+    def encode(question: str, completion: str) -> list[int]:
+        if tokenizer.chat_template is None:
+            return tokenizer.encode(f"{question}\n{completion}", truncation=True, max_length=max_tokens)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": completion}]
+        return tokenizer.apply_chat_template(
+            messages, truncation=True, max_length=max_tokens, return_dict=False
+        )
+
+    @torch.inference_mode()
+    def reward(completions: list[str], questions: list[str]) -> list[float]:
+        rows = [encode(*pair) for pair in zip(questions, completions, strict=True)]
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        values = [0.0] * len(rows)
+        for start in range(0, len(rows), batch_size):
+            chosen = by_length[start : start + batch_size]
+            inputs = tokenizer.pad({"input_ids": [rows[i] for i in chosen]}, return_tensors="pt").to(device)
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            for i, value in zip(chosen, logits[:, 0].tolist(), strict=True):
+                values[i] = value
+        return values
+
+    return reward
 
 
 # ------------------------------------------------------------------------------------------------------------

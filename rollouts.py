@@ -4,6 +4,7 @@ rewards, laid out as tensors, and told in numbers and lines.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from batches import pad_batch
 from data import Problem
 from inference import Completion, Engine, SamplingParams
-from prompts import completion_prefix, encode_prompt, parse_completion, render_prompt
-from rewards import RewardSet, Scores, score
+from prompts import completion_prefix, parse_completion, render_prompt
+from rewards import Scores
+from rewards.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -54,54 +56,66 @@ def roll_out(
     engine: Engine,
     tokenizer: Any,
     problems: list[Problem],
-    reward_set: RewardSet,
+    scorer: Scorer,
     config: Any,
     step: int,
     first_prompt: int,
 ) -> list[Group]:
-    """Sample a group of completions for each problem and score them.
+    """Sample a group of completions for each problem; each
+    is scored as it is complete, while others still generate.
 
     Args:
         engine: samples with the policy as it is now.
         tokenizer: of the policy.
         problems: this process' share of the step's problems.
-        reward_set: scores whole groups.
+        scorer: scores whole groups.
         config: a `train_grpo.GRPOConfig`.
         step: keys the random numbers, with the seed.
         first_prompt: the number of the first problem among all that the step asks.
+
+    Raises:
+        RewardError: a reward broke its promise.
     """
     size = config.group_size
     prompts = [render_prompt(tokenizer, problem.question) for problem in problems]
-    prompt_ids = [encode_prompt(tokenizer, problem.question) for problem in problems]
+    prompt_ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     params = SamplingParams(config.max_completion_tokens, config.temperature)
-    sampled = engine.generate(prompt_ids, size, params, (config.seed, step), first_prompt)
+    groups: list[list[Completion | None]] = [[None] * size for _ in problems]
+    texts: dict[int, list[str]] = {}  # of the groups handed in, in that order
 
-    def each(values: list[Any]) -> list[Any]:
-        return [value for value in values for _ in range(size)]
+    def take(prompt: int, sample: int, completion: Completion) -> None:
+        group = groups[prompt]
+        group[sample] = completion
+        if None in group:
+            return
+        token_ids = [completion.token_ids for completion in group]
+        prefix = completion_prefix(prompts[prompt])
+        texts[prompt] = [
+            prefix + text for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        ]
+        columns = reward_columns(problems[prompt], prompts[prompt], token_ids, config, step)
+        scorer.submit(texts[prompt], columns)
 
-    token_ids = [completion.token_ids for completions in sampled for completion in completions]
-    decoded = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-    texts = [completion_prefix(prompt) + text for prompt, text in zip(each(prompts), decoded, strict=True)]
-    names = sorted({name for problem in problems for name in problem.columns})
-    columns = {name: each([problem.columns.get(name) for problem in problems]) for name in names}
-    columns |= {
-        "prompts": each(prompts),
-        "completion_ids": token_ids,
-        "gold": each([p.gold for p in problems]),
-    }
-    columns |= {"group_size": size, "max_completion_tokens": config.max_completion_tokens}
-    scores = score(reward_set, texts, columns)
+    engine.generate(prompt_ids, size, params, (config.seed, step), first_prompt, take)
+    scores = dict(zip(texts, scorer.results(), strict=True))
     return [
-        Group(
-            number=first_prompt + i,
-            problem=problem,
-            prompt_ids=prompt_ids[i],
-            completions=sampled[i],
-            texts=texts[i * size : (i + 1) * size],
-            scores=slice_scores(scores, i * size, (i + 1) * size),
-        )
+        Group(first_prompt + i, problem, prompt_ids[i], groups[i], texts[i], scores[i])
         for i, problem in enumerate(problems)
     ]
+
+
+def reward_columns(
+    problem: Problem, prompt: str, completion_ids: list[list[int]], config: Any, step: int
+) -> dict[str, Any]:
+    """What reward functions are told of a group, besides its completions: see `rewards`."""
+    of_problem = {**problem.columns, "questions": problem.question, "gold": problem.gold, "prompts": prompt}
+    columns = {name: [value] * len(completion_ids) for name, value in of_problem.items()}
+    return columns | {
+        "completion_ids": completion_ids,
+        "group_size": config.group_size,
+        "max_completion_tokens": config.max_completion_tokens,
+        "trainer_state": SimpleNamespace(global_step=step, max_steps=config.total_steps),
+    }
 
 
 def group_state(group: Group) -> dict[str, Any]:
@@ -120,17 +134,6 @@ def restore_group(state: dict[str, Any]) -> Group:
     completions = [Completion(**completion) for completion in state["completions"]]
     scores = Scores(**state["scores"])
     return Group(state["number"], Problem("", None), state["prompt_ids"], completions, state["texts"], scores)
-
-
-def slice_scores(scores: Scores, start: int, stop: int) -> Scores:
-    """The scores of some neighbours."""
-    return Scores(
-        total=scores.total[start:stop],
-        parts={name: values[start:stop] for name, values in scores.parts.items()},
-        correct=scores.correct[start:stop],
-        extracted=scores.extracted[start:stop],
-        undecided=scores.undecided[start:stop],
-    )
 
 
 @dataclass

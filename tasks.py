@@ -43,7 +43,7 @@ class Problem:
         question: what the user asks, as plain text.
         gold: the reference answer; None in data without answers.
         completion: a worked completion to imitate (`prompts.format_completion`); None where there is none.
-        columns: every other column of the data set, handed to the reward functions.
+        columns: every column of the data set under its name, handed to the reward functions.
     """
 
     question: str

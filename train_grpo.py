@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -24,9 +25,19 @@ from data import Problem, load_problems, take
 from exam import hold_shared_exam
 from inference import SamplingParams
 from inference.engine import TorchEngine
-from models import ADAPTER, Policy, WithoutAdapter, add_adapter, load_model, load_tokenizer, make_accelerator
+from models import (
+    ADAPTER,
+    Policy,
+    WithoutAdapter,
+    add_adapter,
+    load_model,
+    load_reward_model,
+    load_tokenizer,
+    make_accelerator,
+)
 from optimizers import make_optimizer, make_scheduler
 from prompts import encode_prompt
+from rewards.scorer import Scorer
 from rollouts import (
     Group,
     RolloutBatch,
@@ -130,7 +141,7 @@ class GRPOConfig(TrainingConfig):
     min_p: float = 0.0
     """Must stay 0."""
     rewards: dict[str, float] = field(default_factory=lambda: dict(rewards.DEFAULT_REWARDS))
-    """Weight by name: built-in rewards, or file.py:function."""
+    """Weight by name: built-in, file.py:function, model:NAME or judge:URL; see docs/rewards.md."""
 
     algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "grpo_lead", "rloo", "cispo"] = "grpo"
     """The preset that fills the knobs below."""
@@ -304,7 +315,7 @@ class Training:
         accelerator: prepared policy and optimizer.
         tokenizer: of the policy.
         problems: to draw from.
-        reward_set: scores completions.
+        scorer: scores completions in processes of its own.
         engine: samples from the very weights that train.
         policy: as prepared.
         reference: the policy that the KL is taken to; None where it counts for nothing.
@@ -317,7 +328,7 @@ class Training:
     accelerator: Accelerator
     tokenizer: Any
     problems: list[Problem]
-    reward_set: rewards.RewardSet
+    scorer: Scorer
     engine: TorchEngine
     policy: Any
     reference: nn.Module | None
@@ -329,8 +340,9 @@ class Training:
 def train_step(training: Training) -> None:
     """One step: roll out, compare, learn, tell."""
     config, accelerator, run = training.config, training.accelerator, training.run
-    began = time.perf_counter()
-    # 1. Roll out: a group of completions for each prompt, from the policy as it is now, scored.
+    began, waited_s = time.perf_counter(), training.scorer.waited_s
+    # 1. Roll out: a group of completions for each prompt, from the policy as it is now; each group is scored
+    # while others still generate.
     groups = sample_step(training)
     fresh = choose_groups(groups, config.prompts_per_step // accelerator.num_processes, config)
     replayed = run.memory["replay"][accelerator.process_index :: accelerator.num_processes]
@@ -362,7 +374,8 @@ def train_step(training: Training) -> None:
     if config.replay_groups:
         metrics["rollout/replayed_groups"] = len(run.memory["replay"])
     metrics["policy/learning_rate"] = training.scheduler.get_last_lr()[0]
-    metrics["time/generate_s"] = rolled_out - began
+    metrics["time/score_s"] = training.scorer.waited_s - waited_s
+    metrics["time/generate_s"] = rolled_out - began - metrics["time/score_s"]
     metrics["time/update_s"] = time.perf_counter() - rolled_out
     run.log.step(run.step, metrics)
     run.log.rollouts(gather_object(rollout_rows(groups, batch, run.step)))
@@ -385,7 +398,7 @@ def sample_step(training: Training) -> list[Group]:
         drawn = take(training.problems, config.seed, run.drawn + first, share)
         run.drawn += config.prompts_per_step
         number = refill * config.prompts_per_step + first
-        actors = (training.engine, training.tokenizer, drawn, training.reward_set)
+        actors = (training.engine, training.tokenizer, drawn, training.scorer)
         broken = None
         try:
             with run.accelerator.autocast():
@@ -491,16 +504,17 @@ def load_training_problems(config: GRPOConfig, tokenizer: Any, gold: bool) -> tu
     return kept, told
 
 
-def load_rewards(config: GRPOConfig) -> rewards.RewardSet:
-    """The chosen rewards.
+def load_rewards(config: GRPOConfig, device: torch.device) -> rewards.RewardSet:
+    """The chosen rewards, reward models loaded.
 
     Raises:
-        ValueError: an unknown one, or one that needs a model beside the policy.
+        ValueError: an unknown one, or a model that rewards nothing.
+        FileNotFoundError: a reward model that is not there.
     """
     reward_set = rewards.parse_rewards(config.rewards)
-    if reward_set.slots:
-        name = reward_set.slots[0].name
-        raise ValueError(f"rewards: {name!r} needs a reward model, not built yet; use file.py:function")
+    for slot in reward_set.slots:
+        rewards.check_options(slot.name, load_reward_model, slot.options)
+        slot.function = load_reward_model(slot.model_name, device, **slot.options)
     return reward_set
 
 
@@ -531,7 +545,7 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[
         UserError: what was asked for is not there, or does not fit.
     """
     with at_the_door():
-        reward_set = load_rewards(config)
+        reward_set = load_rewards(config, accelerator.device)
         source = str(start.checkpoint or config.model)
         tokenizer = load_tokenizer(source, config.system_prompt)
         problems, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
@@ -555,7 +569,7 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[
     remember(run, config, critic, reference)
     run.log.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     training = Training(
-        *(config, accelerator, tokenizer, problems, reward_set, TorchEngine(model, tokenizer)),
+        *(config, accelerator, tokenizer, problems, Scorer(reward_set), TorchEngine(model, tokenizer)),
         *(policy, reference, optimizer, scheduler, run),
     )
     return training, held_out[: config.eval_limit]
@@ -581,7 +595,7 @@ def main(config: GRPOConfig) -> int:
         figures = hold_shared_exam(accelerator, training.engine, training.tokenizer, held_out, greedy)
         run.evaluated("validation", figures)
 
-    with stop_on_signal() as stop:
+    with stop_on_signal() as stop, training.scorer:
         if run.step == 0 and config.eval_every:
             evaluate()
         while run.step < config.total_steps and not stop.agreed:

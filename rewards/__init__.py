@@ -2,10 +2,12 @@
 
 A reward function has TRL's signature: `f(completions, **columns) -> list[float | None]`, with one entry a
 completion. It gets the keyword arguments that it names, or all of them if it takes `**kwargs`: `prompts`,
-`completions`, `completion_ids`, `group_size`, `max_completion_tokens`, `correct` (the judge's verdicts),
-`gold`, and every column of the dataset. `None` means "does not apply" and leaves the sum.
+`completions`, `completion_ids`, `group_size`, `max_completion_tokens`, `trainer_state` (`global_step` and
+`max_steps`), `correct` (the judge's verdicts), `questions`, `gold`, and every column of the dataset. `None`
+means "does not apply" and leaves the sum.
 """
 
+import asyncio
 import importlib.util
 import inspect
 import math
@@ -64,6 +66,7 @@ class Reward:
         function: None until the owner of a `model:` slot sets it.
         options: fixed keyword arguments; those of a `model:` slot are its owner's to read.
         model_name: NAME of `model:NAME`, empty for every other reward.
+        patience_s: seconds that a call may take for each completion, on top of the scorer's deadline.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Reward:
     function: RewardFunction | None
     options: dict[str, Any] = field(default_factory=dict)
     model_name: str = ""
+    patience_s: float = 0.0
 
 
 @dataclass
@@ -142,14 +146,16 @@ def _parse_reward(name: str, weight: float) -> Reward:
     if base.startswith("judge:"):
         from rewards.llm_judge import build_judge  # only where it is asked for
 
-        return Reward(name, float(weight), build_judge(base.removeprefix("judge:"), **options))
+        check_options(name, build_judge, options)
+        judge_by_server = build_judge(base.removeprefix("judge:"), **options)
+        return Reward(name, float(weight), judge_by_server, patience_s=judge_by_server.patience_s)
     if base in BUILT_IN:
         function = BUILT_IN[base]
     elif ":" in base:
         function = _load_function(base)
     else:
         raise ValueError(f"rewards: unknown reward {name!r}; allowed: {_ALLOWED}")
-    _check_options(name, function, options)
+    check_options(name, function, options)
     return Reward(name, float(weight), function, options)
 
 
@@ -174,7 +180,12 @@ def _parse_value(text: str) -> Any:
     return text
 
 
-def _check_options(name: str, function: RewardFunction, options: dict[str, Any]) -> None:
+def check_options(name: str, function: Callable, options: dict[str, Any]) -> None:
+    """Refuse options of the reward `name` that are no keyword argument of a function.
+
+    Raises:
+        ValueError: names the option and those there are.
+    """
     parameters = inspect.signature(function).parameters.values()
     allowed = [p.name for p in parameters if p.default is not p.empty]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -287,6 +298,8 @@ def call_reward(reward: Reward, completions: list[str], columns: Mapping[str, An
     arguments = _arguments(reward, columns)
     try:
         values = reward.function(completions=completions, **arguments)
+        if inspect.isawaitable(values):  # as TRL has them too
+            values = asyncio.run(_wait(values))
     except RewardError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a user's function raises is reported under its name
@@ -296,6 +309,10 @@ def call_reward(reward: Reward, completions: list[str], columns: Mapping[str, An
             f"reward {reward.name!r} raised {type(error).__name__}: {error} ({place})"
         ) from error
     return _checked(reward.name, values, completions)
+
+
+async def _wait(values: Any) -> Any:
+    return await values
 
 
 def _arguments(reward: Reward, columns: Mapping[str, Any]) -> dict[str, Any]:

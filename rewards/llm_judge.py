@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 KEY_VARIABLE = "JUDGE_API_KEY"
+LONGEST_PAUSE_S = 8.0  # between two attempts
 
 DEFAULT_PROMPT = (
     "You grade the answer of a student. Judge its correctness and the soundness of its reasoning, not its "
@@ -75,6 +76,7 @@ def build_judge(
             return list(pool.map(lambda text: _grade(url, model, text, scale, timeout_s, attempts), texts))
 
     judge.__name__ = f"judge:{url}"
+    judge.patience_s = attempts * (timeout_s + LONGEST_PAUSE_S)
     return judge
 
 
@@ -112,6 +114,6 @@ def _ask(url: str, model: str, text: str, timeout_s: float, attempts: int) -> st
         except (OSError, urllib.error.URLError, ValueError, KeyError, IndexError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
         if attempt + 1 < attempts:
-            time.sleep(min(8.0, 0.5 * 2**attempt))
+            time.sleep(min(LONGEST_PAUSE_S, 0.5 * 2**attempt))
     # Not a RewardError of our own: the registry names the reward and turns it into one.
     raise ConnectionError(f"the judge at {url} gave no usable reply in {attempts} attempts ({problem})")

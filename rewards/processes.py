@@ -8,6 +8,7 @@ a forked or spawned process.
 import atexit
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -171,6 +172,10 @@ def serve(answer: Callable[[Any], Any]) -> None:
     to_parent = Connection(os.dup(1), readable=False)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    # Ctrl-C and a batch system's SIGTERM reach the whole group of processes; the trainer finishes its step
+    # first, and needs us for that. A handler, not SIG_IGN: programs that we start would inherit that one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     _limit_memory(int(sys.argv[1]))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     to_parent.send("ready")

@@ -7,13 +7,13 @@ name (`RewardError`).
 """
 
 import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from rewards import (
-    JUDGED,
     RewardError,
     RewardSet,
     Scores,
@@ -26,7 +26,7 @@ from rewards.processes import Child, ChildDied, OutOfTime, serve
 
 # Long enough for a whole group of slow but honest judgements; a function that needs more hangs.
 DEADLINE_S = 60.0
-_JUDGE = "judge"
+JUDGE = "judge"  # stands first among the names that a worker is asked for
 
 _Scored = tuple[Scores, list[str], dict[str, Any]]
 
@@ -44,7 +44,8 @@ class Scorer:
         Args:
             reward_set: the workers parse its specification again.
             workers: processes; functions that remember things between calls want 1.
-            deadline_s: wall-clock seconds for one function on one group.
+            deadline_s: wall-clock seconds for a group. One that takes longer is asked again function by
+                function, each with as long, and those that answer in time count.
         """
         if workers < 1 or deadline_s <= 0:
             raise ValueError(f"workers and deadline_s must be positive, got {workers} and {deadline_s}")
@@ -54,6 +55,10 @@ class Scorer:
         self._idle = list(self._children)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="scorer")
         self._pending: list[Future[_Scored]] = []
+        self._patience_s = {JUDGE: 0.0} | {
+            r.name: r.patience_s for r in reward_set.rewards if not r.model_name
+        }
+        self.waited_s = 0.0  # that `results` took, in all
 
     def submit(self, completions: list[str], columns: Mapping[str, Any]) -> None:
         """Hand in one group (or several); returns at once. Arguments as for `rewards.score`."""
@@ -66,9 +71,11 @@ class Scorer:
             RewardError: of the first group whose function broke its promise.
         """
         pending, self._pending = self._pending, []
+        began = time.perf_counter()
         try:
             return [self._with_slots(*future.result()) for future in pending]
         finally:
+            self.waited_s += time.perf_counter() - began
             for future in pending:
                 future.cancel()
 
@@ -100,34 +107,42 @@ class Scorer:
             self._idle.append(child)
 
     def _score_with(self, child: Child, completions: list[str], columns: dict[str, Any]) -> Scores:
-        count = len(completions)
-        judged = self._ask(child, _JUDGE, completions, {name: columns.get(name) for name in JUDGED})
-        if judged is None:
-            has_gold = [gold is not None for gold in columns.get("gold") or [None] * count]
-            judged = [None] * count, [None] * count, has_gold
-        correct, extracted, undecided = judged
-        columns["correct"] = correct
-        parts: dict[str, list[float | None]] = {}
-        for reward in self.reward_set.rewards:
-            values: list[float | None] | None = [None] * count
-            if reward not in self.reward_set.slots:
-                values = self._ask(child, reward.name, completions, columns)
-            if values is None:
-                values, undecided = [None] * count, [True] * count
-            parts[reward.name] = values
-        return Scores(weighted_sum(self.reward_set, parts), parts, correct, extracted, undecided)
-
-    def _ask(self, child: Child, name: str, completions: list[str], columns: dict[str, Any]) -> Any:
-        """The worker's answer, None where it took too long."""
         try:
-            failed, answer = child.request(
-                (self.reward_set.spec, name, completions, columns), self.deadline_s
-            )
-        except OutOfTime:
-            print(f"reward {name!r} took longer than {self.deadline_s:g} s: undecided", file=sys.stderr)
-            return None
-        except ChildDied as error:
-            raise RewardError(f"reward {name!r} ended its worker process ({error})") from error
+            answers = self._ask(child, list(self._patience_s), completions, columns)
+        except (OutOfTime, ChildDied):
+            answers = self._ask_one_by_one(child, completions, columns)
+        nothing = [None] * len(completions)
+        is_judged = [gold is not None for gold in columns.get("gold") or nothing]
+        columns["correct"], extracted, undecided = answers.get(JUDGE, (nothing, nothing, is_judged))
+        if len(answers) < len(self._patience_s):
+            undecided = [True] * len(completions)
+        parts = {reward.name: answers.get(reward.name, nothing) for reward in self.reward_set.rewards}
+        return Scores(weighted_sum(self.reward_set, parts), parts, columns["correct"], extracted, undecided)
+
+    def _ask_one_by_one(
+        self, child: Child, completions: list[str], columns: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What each says that answers in time; tells which it was that does not, or ends its worker."""
+        answers: dict[str, Any] = {}
+        columns = {**columns, "correct": [None] * len(completions)}
+        for name in self._patience_s:
+            try:
+                answers |= self._ask(child, [name], completions, columns)
+            except OutOfTime:
+                limit_s = self.deadline_s + self._patience_s[name] * len(completions)
+                print(f"reward {name!r} took longer than {limit_s:g} s: undecided", file=sys.stderr)
+            except ChildDied as error:
+                raise RewardError(f"reward {name!r} ended its worker process ({error})") from error
+            if name == JUDGE and name in answers:
+                columns["correct"] = answers[name][0]
+        return answers
+
+    def _ask(
+        self, child: Child, names: list[str], completions: list[str], columns: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the worker says under each name."""
+        limit_s = self.deadline_s + sum(self._patience_s[name] for name in names) * len(completions)
+        failed, answer = child.request((self.reward_set.spec, names, completions, columns), limit_s)
         if failed:
             raise RewardError(answer)
         return answer
@@ -140,17 +155,23 @@ _parsed: dict[str, RewardSet] = {}
 
 
 def _answer(message: Any) -> tuple[bool, Any]:
-    spec, name, completions, columns = message
+    """Whether a function broke its promise, and what it says then; else what each name says."""
+    spec, names, completions, columns = message
+    answers: dict[str, Any] = {}
     try:
-        if name == _JUDGE:
-            return False, judge_all(completions, columns)
         key = repr(spec)
         if key not in _parsed:
             _parsed[key] = parse_rewards(spec)
-        reward = next(reward for reward in _parsed[key].rewards if reward.name == name)
-        return False, call_reward(reward, completions, columns)
+        rewards = {reward.name: reward for reward in _parsed[key].rewards}
+        for name in names:
+            if name == JUDGE:
+                answers[JUDGE] = judge_all(completions, columns)
+                columns["correct"] = answers[JUDGE][0]
+            else:
+                answers[name] = call_reward(rewards[name], completions, columns)
     except (RewardError, ValueError) as error:
         return True, str(error)
+    return False, answers
 
 
 def main() -> None:

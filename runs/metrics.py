@@ -10,10 +10,11 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+UNDECIDED = "rewards/undecided_fraction"
 LINES = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
 
 # What a console line shows, where the step has it: the metric, its short name, its format, wide enough for
-# lines to stand under each other.
+# lines to stand under each other. An undecided share of nothing is not worth its place.
 COLUMNS = (
     ("train/reward", "reward", "6.3f"),
     ("train/accuracy", "accuracy", "6.1%"),
@@ -22,7 +23,9 @@ COLUMNS = (
     ("policy/grad_norm", "grad", "6.2f"),
     ("rollout/completion_tokens", "tokens", "6.1f"),
     ("rollout/zero_variance_groups", "no signal", "4.0%"),
+    (UNDECIDED, "undecided", "4.0%"),
     ("time/generate_s", "generate", "6.2f"),
+    ("time/score_s", "score", "6.2f"),
     ("time/update_s", "update", "6.2f"),
 )
 
@@ -60,7 +63,11 @@ class RunLog:
         self.accelerator.log(metrics, step=step)
         self.bar.update()
         if step == 1 or step % self.line_every == 0 or step == self.total_steps:
-            shown = [f"{name} {metrics[key]:{form}}" for key, name, form in COLUMNS if key in metrics]
+            shown = [
+                f"{name} {metrics[key]:{form}}"
+                for key, name, form in COLUMNS
+                if key in metrics and (metrics[key] or key != UNDECIDED)
+            ]
             self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  " + "  ".join(shown))
 
     def rollouts(self, rows: list[dict[str, Any]]) -> None:

@@ -59,7 +59,11 @@ PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
     ("Gradient norm", False, {"policy/grad_norm": "before clipping"}),
     ("KL", False, {"policy/kl": "to the reference", "policy/approx_kl": "within an update"}),
     ("Clipped tokens", True, {"policy/clip_fraction": "share"}),
-    ("Time per step", False, {"time/generate_s": "generate, s", "time/update_s": "update, s"}),
+    (
+        "Time per step",
+        False,
+        {"time/generate_s": "generate, s", "time/score_s": "score, s", "time/update_s": "update, s"},
+    ),
 )
 
 

@@ -102,3 +102,17 @@ def chat_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=CHATML
     )
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory, chat_tokenizer):
+    """The folder of a random reward model with a chat template."""
+    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen2ForSequenceClassification(Qwen2Config(**SHAPE, num_labels=1))
+    folder = tmp_path_factory.mktemp("reward_model")
+    model.save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    return folder

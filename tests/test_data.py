@@ -91,9 +91,7 @@ def test_a_file_of_each_kind_reads_back(tmp_path, extension):
         {"question": "And now, with a comma\u2028and a line separator?", "answer": "1/2", "level": "hard"},
     ]
     path = WRITERS[extension](tmp_path / f"test{extension}", rows)
-    assert load_problems(path, "test") == [
-        Problem(row["question"], row["answer"], None, {"level": row["level"]}) for row in rows
-    ]
+    assert load_problems(path, "test") == [Problem(row["question"], row["answer"], None, row) for row in rows]
 
 
 @pytest.mark.parametrize("extension", WRITERS)
@@ -106,7 +104,7 @@ def test_a_folder_of_named_files_has_their_splits(tmp_path, extension):
     loaded = {split: load_problems(str(tmp_path), split) for split in data.SPLITS}
     assert [len(loaded[split]) for split in data.SPLITS] == [30, 30, 4, 5]
     assert loaded["cold_start"] == loaded["train"]
-    assert loaded["test"][0] == Problem("What is 200 + 1?", "201", None, {"level": "easy"})
+    assert loaded["test"][0] == Problem("What is 200 + 1?", "201", None, rows_of(1, 200)[0])
 
 
 def test_shards_are_joined_and_exact_names_win_over_longer_ones(tmp_path):
@@ -213,7 +211,7 @@ def test_math_rows_take_the_gold_from_the_last_box(tmp_path, solution, gold):
     problem = read_one(tmp_path, {"problem": "?", "level": "Level 5", "solution": solution})
     assert (problem.question, problem.gold) == ("?", gold)
     assert problem.completion == format_completion(solution, gold)
-    assert problem.columns == {"level": "Level 5"}
+    assert problem.columns == {"problem": "?", "level": "Level 5", "solution": solution}
 
 
 def test_a_bare_box_is_no_thought(tmp_path):
@@ -226,7 +224,7 @@ def test_a_solution_beside_the_answer_becomes_the_thought(tmp_path):
     problem = read_one(tmp_path, row)
     assert problem.gold == "2"
     assert problem.completion == format_completion(row["solution"], "2")
-    assert problem.columns == {"solution": row["solution"], "uuid": "u"}
+    assert problem.columns == row
 
 
 def test_a_solution_with_tags_of_its_own_makes_no_completion(tmp_path):
@@ -254,8 +252,8 @@ def test_a_prompt_of_messages_asks_its_last_user_message(tmp_path):
         {"role": "assistant", "content": "Hello!"},
         {"role": "user", "content": "What is 1 + 1?"},
     ]
-    problem = read_one(tmp_path, {"prompt": messages, "ground_truth": "2", "id": 7})
-    assert problem == Problem("What is 1 + 1?", "2", None, {"id": 7})
+    row = {"prompt": messages, "ground_truth": "2", "id": 7}
+    assert read_one(tmp_path, row) == Problem("What is 1 + 1?", "2", None, row)
 
 
 @pytest.mark.parametrize(
@@ -283,12 +281,12 @@ def test_columns_are_guessed(tmp_path, row):
 def test_named_columns_beat_the_guess(tmp_path):
     row = {"question": "no", "answer": "no", "task": "q", "reply": "g"}
     problem = read_one(tmp_path, row, question_column="task", answer_column="reply")
-    assert problem == Problem("q", "g", None, {"question": "no", "answer": "no"})
+    assert problem == Problem("q", "g", None, row)
 
 
 def test_data_without_golds_loads_when_none_is_needed(tmp_path):
     assert read_one(tmp_path, {"prompt": "q", "style": 1}, require_gold=False) == Problem(
-        "q", None, None, {"style": 1}
+        "q", None, None, {"prompt": "q", "style": 1}
     )
     assert read_one(tmp_path, {"prompt": "q", "answer": None}, require_gold=False).gold is None
     with pytest.raises(ValueError, match="answer_column: .* it has: style. Name the right .* need no gold"):
@@ -450,7 +448,7 @@ def test_heavy_columns_of_a_known_set_are_dropped(hub, monkeypatch):
     monkeypatch.setitem(data.HUB_SETS, "openr1-math", data.HUB_SETS["openr1-math"]._replace(name=str(hub)))
     (problem,) = load_problems("openr1-math", "train")
     assert problem.completion == format_completion("s", "1")
-    assert problem.columns == {"solution": "s", "uuid": "u"}
+    assert problem.columns.keys() == {"problem", "solution", "answer", "uuid"}
 
 
 def test_a_hub_set_with_one_split_is_one_piece(hub, monkeypatch):

@@ -20,6 +20,7 @@ STEP = {
     "rollout/completion_tokens": 31.4,
     "rollout/zero_variance_groups": 0.5,
     "time/generate_s": 1.5,
+    "time/score_s": 0.25,
     "time/update_s": 12.25,
 }
 

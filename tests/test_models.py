@@ -5,9 +5,18 @@ import unicodedata
 
 import pytest
 import torch
+from conftest import SHAPE
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
 import models
 import prompts
@@ -304,3 +313,48 @@ def test_the_policy_trains_the_model_it_was_given(tiny):
     assert policy.model is model
     assert policy.has_plain_head
     assert {id(parameter) for parameter in policy.parameters()} == {id(p) for p in model.parameters()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A model that rewards
+
+
+def test_a_reward_model_reads_question_and_completion_in_its_own_template(reward_folder, chat_tokenizer):
+    questions = ["How many apples?", "1 + 1", "1 + 1"]
+    completions = [
+        "<think>Tom</think><answer>4</answer>",
+        "2",
+        "a much longer answer that goes on for a while",
+    ]
+    model = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
+    expected = []
+    for question, completion in zip(questions, completions, strict=True):
+        text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>\n"
+        with torch.no_grad():
+            expected.append(float(model(chat_tokenizer(text, return_tensors="pt").input_ids).logits))
+    for batch_size in (1, 2, 8):
+        reward = models.load_reward_model(str(reward_folder), "cpu", batch_size=batch_size)
+        assert reward(completions, questions) == pytest.approx(expected, abs=1e-5)
+    # Too long: what is left is the end.
+    short = models.load_reward_model(str(reward_folder), "cpu", max_tokens=5)
+    ids = chat_tokenizer(text, return_tensors="pt").input_ids[:, -5:]
+    with torch.no_grad():
+        assert short(completions[2:], questions[2:]) == pytest.approx([float(model(ids).logits)], abs=1e-5)
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path, random_model, chat_tokenizer):
+    random_model("qwen2").save_pretrained(tmp_path / "causal")
+    chat_tokenizer.save_pretrained(tmp_path / "causal")
+    with pytest.raises(ValueError, match=r"causal' has no trained weights for score.weight"):
+        models.load_reward_model(str(tmp_path / "causal"), "cpu")
+    two = Qwen2ForSequenceClassification(Qwen2Config(**SHAPE, num_labels=2))
+    two.save_pretrained(tmp_path / "two")
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+        models.load_reward_model(str(tmp_path / "two"), "cpu")
+    chat_tokenizer.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="must have one output, got 2"):
+        models.load_reward_model(str(tmp_path / "two"), "cpu")
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        models.load_reward_model("outputs/none", "cpu")
+    with pytest.raises(ValueError, match="batch_size"):
+        models.load_reward_model(str(tmp_path / "two"), "cpu", batch_size=0)

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -50,6 +52,11 @@ def number(completions, **kwargs):
 
 def needs_more(completions, topic, difficulty):
     return [0.0] * len(completions)
+
+async def later(completions, **kwargs):
+    import asyncio
+    await asyncio.sleep(0.01)
+    return [len(completion) for completion in completions]
 
 def hang(completions, **kwargs):
     if "hang" in completions[0]:
@@ -106,6 +113,11 @@ def test_a_function_written_for_trl_gets_the_columns_it_names(functions):
     columns = {"prompts": ["ab", "c"], "topic": ["x", "yz"], "completion_ids": [[1], [2]], "group_size": 2}
     scores = score(parse_rewards(spec), ["a" * 20, "a" * 18], columns)
     assert scores.total == [0 + 5 + 10, -2 + 5 + 20]
+
+
+def test_a_function_may_be_asynchronous(functions):
+    rewards = parse_rewards({f"{functions}:later": 1.0})
+    assert score(rewards, ["a", "abc"], {}).total == [1.0, 3.0]
 
 
 def test_options_in_brackets_are_fixed_arguments(functions):
@@ -265,6 +277,20 @@ def test_a_model_reward_is_called_in_the_thread_that_collects():
     assert set(seen) == {threading.current_thread()}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_of_processes_spares_the_workers(functions, number):
+    with Scorer(parse_rewards({f"{functions}:slow_then_fast": 1.0})) as scorer:
+        scorer.submit(["warm"], {})
+        scorer.results()
+        (child,) = scorer._children
+        pid = child.process.pid
+        scorer.submit(["slow"], {})
+        time.sleep(0.1)
+        os.kill(pid, number)
+        assert scorer.results()[0].total == [4.0]
+        assert child.process.pid == pid
+
+
 # -------------------------------------------------------------------------------------------------------
 # A judge behind a server
 
@@ -278,6 +304,7 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             text = body["messages"][0]["content"]
+            time.sleep(0.5 if "sleepy" in text else 0.0)
             asked.append((self.path, self.headers.get("Authorization"), body["model"], text))
             grade = (
                 "7" if "good" in text else "no idea" if "strange" in text else "99" if "huge" in text else "0"
@@ -321,6 +348,20 @@ def test_the_prompt_and_the_scale_of_a_judge_are_configurable(server, tmp_path):
     (tmp_path / "ask.txt").write_text("Rate it.")
     with pytest.raises(ValueError, match="never mentions"):
         parse_rewards({f"judge:{url}(prompt_file={tmp_path / 'ask.txt'})": 1.0})
+
+
+def test_a_slow_judge_keeps_its_own_time_limits(server):
+    url, _ = server
+    with Scorer(parse_rewards({f"judge:{url}(timeout_s=5)": 1.0}), deadline_s=0.1) as scorer:
+        scorer.submit(["good", "sleepy"], {})
+        (scores,) = scorer.results()
+    assert scores.total == [0.7, 0.0]
+    assert scores.undecided == [False, False]
+
+
+def test_an_option_that_a_judge_has_not_is_refused():
+    with pytest.raises(ValueError, match=r"no option 'sclae'; allowed: model, scale"):
+        parse_rewards({"judge:http://localhost:1/v1(sclae=5)": 1.0})
 
 
 def test_a_judge_that_is_down_stops_the_run_with_its_name():

@@ -21,7 +21,7 @@ ROOMS = {
     "models": ["losses", "prompts"],
     "exam": ["data", "inference", "prompts", "rewards.*"],
     "rewards": ["prompts", "rewards.*"],
-    "rollouts": ["batches", "data", "inference", "prompts", "rewards"],
+    "rollouts": ["batches", "data", "inference", "prompts", "rewards.*"],
     "credit": ["losses", "rewards.*", "rollouts"],
     "updates": ["batches", "losses", "rollouts"],
     "runs": ["models", "runs.*"],

@@ -19,7 +19,7 @@ import models as models_module
 import runs.folder
 from evaluate import EvaluateConfig
 from evaluate import main as evaluate
-from models import save_model
+from models import load_reward_model, save_model
 from runs.config import UserError, parse_config, run_script
 from train_grpo import GRPOConfig
 from train_grpo import main as train_grpo
@@ -206,23 +206,19 @@ def test_a_killed_run_resumes_to_the_same_bits(train, quick, changes, tmp_path, 
     assert [line["step"] for line in lines(tmp_path / "killed" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-COUNTING_REWARD = """
+FRAGILE_REWARD = """
 from pathlib import Path
 
-calls = 0
 
-
-def odd(completions):
-    global calls
-    calls += 1
-    if calls == 3 and Path(__file__).with_name("broken").exists():
-        raise ZeroDivisionError("no third call")
+def odd(completions, trainer_state):
+    if trainer_state.global_step == 2 and Path(__file__).with_name("broken").exists():
+        raise ZeroDivisionError(f"step 3 of {trainer_state.max_steps}")
     return [len(completion) % 7 for completion in completions]
 """
 
 
 def test_a_broken_reward_stops_the_run_with_a_checkpoint_that_goes_on_once_it_is_mended(tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(COUNTING_REWARD)
+    (tmp_path / "mine.py").write_text(FRAGILE_REWARD)
     changes = {"rewards": {f"{tmp_path}/mine.py:odd": 1.0}, "eval_every": 0, "save_every": 4}
     assert train_grpo(quick_grpo(tmp_path / "whole", **changes)) == 0
     (tmp_path / "broken").touch()
@@ -230,12 +226,27 @@ def test_a_broken_reward_stops_the_run_with_a_checkpoint_that_goes_on_once_it_is
         run_script(train_grpo, lambda: quick_grpo(tmp_path / "stopped", **changes))
     assert exit_.value.code == 1
     (message,) = capsys.readouterr().err.strip().splitlines()
-    for word in ("mine.py:odd", "ZeroDivisionError: no third call", "mine.py, line 11", "2 steps are saved"):
+    for word in ("mine.py:odd", "ZeroDivisionError: step 3 of 4", "mine.py, line 7", "2 steps are saved"):
         assert word in message
     (tmp_path / "broken").unlink()
     assert train_grpo(quick_grpo(tmp_path / "stopped", **changes)) == 0
     assert same(weights(tmp_path / "whole" / "final"), weights(tmp_path / "stopped" / "final"))
     assert len(lines(tmp_path / "stopped" / "rollouts.jsonl")) == 4 * 16
+
+
+def test_a_model_rewards_what_the_policy_says(tmp_path, reward_folder):
+    name = f"model:{reward_folder}(batch_size=3)"
+    changes = {"rewards": {name: 0.5, "unique_characters": 1.0}, "total_steps": 1, "eval_every": 0}
+    assert train_grpo(quick_grpo(tmp_path, **changes)) == 0
+    reward = load_reward_model(str(reward_folder), "cpu")
+    rows = lines(tmp_path / "rollouts.jsonl")
+    told = [row["rewards"][name] for row in rows]
+    expected = reward([row["completion"] for row in rows], [row["question"] for row in rows])
+    assert told == pytest.approx(expected, abs=1e-5)
+    assert len(set(told)) > 1
+    assert [row["reward"] for row in rows] == pytest.approx(
+        [0.5 * value + row["rewards"]["unique_characters"] for value, row in zip(told, rows, strict=True)]
+    )
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path):
