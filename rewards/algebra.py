@@ -2,8 +2,9 @@ r"""Exact arithmetic on parsed answers: a normal form in which equal expressions
 
 A value is a quotient of two polynomials with rational coefficients, `(numerator, denominator)`; a polynomial
 maps a monomial, a sorted tuple of `(atom, exponent)`, to its coefficient. Atoms are variables, pi, e, i,
-primes under a root (`#2` with exponent 1/2 is the square root of 2), and whole functions (`sin(x)`), named by
-the normal form of their arguments. Exponents may be negative and fractions, so that `1/x` and roots of
+primes under a root (`#2` with exponent 1/2 is the square root of 2), and whole functions (`sin(@0)`), with a
+short name for the normal form of each argument (`Algebra.name`), so that names do not grow with the nesting.
+Exponents may be negative and fractions, so that `1/x` and roots of
 numbers need no denominator.
 
 Where only variables, pi, e, i, roots of numbers and logarithms of primes occur, different forms are different
@@ -28,6 +29,7 @@ MAX_BITS = 4096
 MAX_TERMS = 300
 MAX_POWER = 24
 MAX_FACTOR = 10**10
+MAX_WORK = 60_000  # products of terms and trial divisions in one computation: some tenths of a second
 
 ONE: Polynomial = {(): 1}
 
@@ -132,11 +134,8 @@ def _constant(value: Value) -> Number | None:
     return numerator.get(()) if len(numerator) == 1 else None
 
 
-def _key(value: Value) -> str:
-    """A name for a value, the same for equal normal forms."""
-    numerator, denominator = value
-    text = repr(sorted(numerator.items(), key=repr))
-    return text if denominator is None else f"{text}/{sorted(denominator.items(), key=repr)!r}"
+def _sorted_terms(polynomial: Polynomial) -> tuple:
+    return tuple(sorted(polynomial.items(), key=repr))
 
 
 def factorize(number: int) -> dict[int, int]:
@@ -152,14 +151,6 @@ def factorize(number: int) -> dict[int, int]:
         prime += 1 if prime == 2 else 2
     if number > 1:
         factors[number] = factors.get(number, 0) + 1
-    return factors
-
-
-def _prime_powers(value: Number) -> dict[int, int]:
-    """A positive rational as a product of prime powers."""
-    factors = factorize(value.numerator)
-    for prime, power in factorize(value.denominator).items():
-        factors[prime] = factors.get(prime, 0) - power
     return factors
 
 
@@ -180,12 +171,34 @@ class Algebra:
         self.exact = True
         self.roots: dict[str, Polynomial] = {}
         self.cosines: dict[str, str] = {}
+        self.names: dict[tuple, str] = {}
+        self.work = 0
+
+    def name(self, form: tuple) -> str:
+        """A short name for a value, or for anything that can be hashed: the same for equal normal forms."""
+        if form.__class__ is tuple and len(form) == 2 and form[0].__class__ is dict:
+            numerator, denominator = form
+            form = (_sorted_terms(numerator), denominator and _sorted_terms(denominator))
+        return self.names.setdefault(form, f"@{len(self.names)}")
+
+    def spend(self, work: int) -> None:
+        self.work += work
+        if self.work > MAX_WORK:
+            raise TooBig("the work")
+
+    def prime_powers(self, value: Number) -> dict[int, int]:
+        """A positive rational as a product of prime powers."""
+        largest = min(max(value.numerator, value.denominator), MAX_FACTOR)
+        self.spend(math.isqrt(largest) // 16)
+        factors = factorize(value.numerator)
+        for prime, power in factorize(value.denominator).items():
+            factors[prime] = factors.get(prime, 0) - power
+        return factors
 
     # Values
 
     def times_polynomials(self, left: Polynomial, right: Polynomial) -> Polynomial:
-        if len(left) * len(right) > 16 * MAX_TERMS:
-            raise TooBig("terms")
+        self.spend(len(left) * len(right))
         if len(left) == 1 and () in left:
             return _scale(right, left[()])
         if len(right) == 1 and () in right:
@@ -338,7 +351,7 @@ class Algebra:
 
     def root_atom(self, inside: Polynomial, exponent: Fraction) -> Polynomial:
         self.exact = False
-        atom = "√" + _key((inside, None))
+        atom = "√" + self.name((inside, None))
         self.roots[atom] = inside
         return self.monomial({atom: exponent}, 1)
 
@@ -368,7 +381,7 @@ class Algebra:
             turned = self.root_of_minus_one(exponent)
             result = self.times_polynomials(result, turned)
         if coefficient != 1:
-            primes = {f"#{p}": k * exponent for p, k in _prime_powers(coefficient).items()}
+            primes = {f"#{p}": k * exponent for p, k in self.prime_powers(coefficient).items()}
             result = self.times_polynomials(result, self.monomial(primes, 1))
         return result, None
 
@@ -387,12 +400,12 @@ class Algebra:
         is_symbol = base[1] is None and len(base[0]) == 1 and constant is None and self._is_atom(base[0])
         if bottom is not None or not (is_symbol or (constant is not None and constant > 0)):
             self.exact = False
-            return {((f"pow({_key(base)},{_key(exponent)})", 1),): 1}, None
+            return {((f"pow({self.name(base)},{self.name(exponent)})", 1),): 1}, None
         if is_symbol:
             (((atom, _),),) = base[0].keys()
             bases = {atom: 1}
         else:
-            bases = {f"#{p}": k for p, k in _prime_powers(constant).items()}
+            bases = {f"#{p}": k for p, k in self.prime_powers(constant).items()}
         result: Value = (ONE, None)
         for monomial, coefficient in top.items():
             if not monomial:
@@ -401,7 +414,7 @@ class Algebra:
                 part = turn
             else:
                 self.exact = self.exact and all(exponent == 1 for _, exponent in monomial)
-                powers = {f"{b.strip('#')}^{monomial}": k * coefficient for b, k in bases.items()}
+                powers = {f"{b.strip('#')}^{self.name(monomial)}": k * coefficient for b, k in bases.items()}
                 part = self.monomial(powers, 1), None
             result = self.times(result, part)
         return result
@@ -447,7 +460,7 @@ class Algebra:
         result = rule(self, arguments) if rule else None
         if result is None:
             self.exact = False
-            result = {((f"{name}({','.join(_key(a) for a in arguments)})", 1),): 1}, None
+            result = {((f"{name}({','.join(self.name(a) for a in arguments)})", 1),): 1}, None
         return result
 
     # Functions: each gives a value, or None for "leave it as an atom"
@@ -467,7 +480,7 @@ class Algebra:
         if exact is not None:
             return exact, None
         self.exact = False
-        return {((f"cos({_key(self.upright(argument)[1])})", 1),): 1}, None
+        return {((f"cos({self.name(self.upright(argument)[1])})", 1),): 1}, None
 
     def tangent(self, arguments: list[Value]) -> Value:
         return self.times(self.sine(arguments), self.inverse(self.cosine(arguments)))
@@ -475,7 +488,7 @@ class Algebra:
     def odd(self, name: str, argument: Value) -> Value:
         self.exact = False
         sign, upright = self.upright(argument)
-        key = _key(upright)
+        key = self.name(upright)
         self.cosines[f"sin({key})"] = f"cos({key})"
         return {((f"{name}({key})", 1),): sign}, None
 
@@ -512,7 +525,7 @@ class Algebra:
         if constant is not None:
             if constant <= 0:
                 raise Undefined("the logarithm of a number that is not positive")
-            return {((f"ln{p}", 1),): k for p, k in _prime_powers(constant).items()}, None
+            return {((f"ln{p}", 1),): k for p, k in self.prime_powers(constant).items()}, None
         top, bottom = argument
         if bottom is None and len(top) == 1:
             ((exponents, coefficient),) = top.items()
@@ -534,7 +547,7 @@ class Algebra:
         if constant is not None:
             return ({(): abs(constant)} if constant else {}), None
         self.exact = False
-        return {((f"abs({_key(self.upright(arguments[0])[1])})", 1),): 1}, None
+        return {((f"abs({self.name(self.upright(arguments[0])[1])})", 1),): 1}, None
 
     def whole_function(self, arguments: list[Value], function) -> Value | None:
         constants = [_constant(argument) for argument in arguments]
