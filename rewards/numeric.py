@@ -9,60 +9,27 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from rewards.units import CURRENCY, SCALES, read_unit, same_unit
+
 # Far below Python's own limit for int(text), which a caller may lower to 640.
 MAX_DIGITS = 400
 MAX_EXPONENT = 400
-
-_CURRENCY = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
-_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 # Sign, currency, sign (`-$5`, `$-5`), whole part with or without separators, decimals, scientific exponent,
 # the rest.
 _DECIMAL = re.compile(
-    r"([-+]?)\s*+(?:\\?([$€£¥₹])\s*+)?([-+]?)\s*+"
+    r"([-+]?)\s*+(?:\\?([$€£¥₹]|USD|EUR|Rs\.?)\s*+)?([-+]?)\s*+"
     r"([0-9]{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!|\\!,|\\ | |~)[0-9]{3})++(?![0-9])|[0-9]++)?(?:\.([0-9]*+))?"
-    r"(?:[eE]([-+]?[0-9]++)|\s*+(?:\\times|\\cdot|\*)\s*+10\s*+(?:\^|\*\*)\s*+(?:\{\s*+([-+]?[0-9]++)\s*+\}|([-+]?[0-9]++)))?"
+    r"(?:[eE]([-+]?[0-9]++)|\s*+(?:\\times|\\cdot|[*×x])\s*+10\s*+(?:\^|\*\*)\s*+(?:\{\s*+([-+]?[0-9]++)\s*+\}|([-+]?[0-9]++)))?"
     r"(.*+)",
     re.DOTALL,
 )
+_SCALE = re.compile(rf"(?:\\text\{{)?\s*+({'|'.join(SCALES)})(?![a-z])\s*+\}}?+", re.IGNORECASE)
 _FRACTION = re.compile(
     r"([-+]?)\s*+(?:([0-9]++)[ ]++)?([0-9]++)\s*+/\s*+([0-9]++)(?![0-9.^])(.*+)", re.DOTALL
 )
 _NOT_DIGITS = re.compile(r"[^0-9]")
-
-_MACRO_TEXT = re.compile(
-    r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname|rm)\s*+\{([^{}]*+)\}"
-)
-_UNIT = re.compile(r"([A-Za-z][A-Za-z.'/ -]*?)\s*(?:\^\s*\{?\s*([23])\s*\}?|([²³]))?")
-_SHORT_UNITS = frozenset(
-    [
-        "m", "g", "s", "h", "l", "L", "A", "V", "W", "N", "J", "K", "C", "F", "km", "cm", "mm", "nm", "kg",
-        "mg", "ml", "mL", "kW", "kJ", "hr", "ft", "in", "yd", "mi", "lb", "oz", "am", "pm", "mph", "kph",
-        "cents", "min", "sec", "USD", "EUR", "GB", "MB", "kB", "Hz",
-    ]
-)  # fmt: skip
-# Words that say more than what is counted: after one of these the text is not "a number and its unit".
-_NOT_IN_UNITS = frozenset(
-    [
-        "or", "and", "not", "no", "but", "maybe", "perhaps", "probably", "is", "are", "was", "were",
-        "wrong", "than", "if", "else", "nor", "either", "if", "to", "then", "minus", "plus", "equal",
-        "equals", "over", "i", "e", "pi", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln",
-        "exp", "theta", "alpha", "beta", "infinity", "infty", "inf", "mod", "choose", "half", "quarter",
-        "hundred", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
-        "twelve", "twenty", "thirty", "forty", "fifty", "thousand", "million", "billion", "trillion",
-        "wait", "actually",
-    ]
-)  # fmt: skip
-_ALIASES = {
-    "meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "kilometer": "km", "kilometre": "km",
-    "millimeter": "mm", "millimetre": "mm", "gram": "g", "kilogram": "kg", "second": "s", "sec": "s",
-    "minute": "min",
-    "hour": "h", "hr": "h", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "mile": "mi",
-    "liter": "l",
-    "litre": "l", "usd": "dollar", "eur": "euro", "buck": "dollar", "cent": "cent", "percent": "%",
-    "percentage point": "%", "degree": "degree", "deg": "degree",
-}  # fmt: skip
 
 
 class Quantity(NamedTuple):
@@ -92,37 +59,6 @@ class Quantity(NamedTuple):
         return -value if negative else value
 
 
-def read_unit(text: str) -> str | None:
-    """The normalised unit that a text after a number names; "" for none, None where it is something else."""
-    text = text.strip()
-    if not text:
-        return ""
-    if text in ("%", "\\%"):
-        return "%"
-    if text in ("°", "^\\circ", "^{\\circ}", "\\degree", "^\\degree"):
-        return "degree"
-    if len(text) > 80:
-        return None
-    marked = "\\" in text
-    text = _MACRO_TEXT.sub(r" \1", text.replace("\\ ", " ").replace("\\,", " ").replace("~", " ")).strip()
-    match = _UNIT.fullmatch(text.rstrip("."))
-    if not match:
-        return None
-    words = match.group(1).replace(".", "").lower().split()
-    if not words or len(words) > 4 or any(word in _NOT_IN_UNITS for word in words):
-        return None
-    if not marked and len(words[0]) < 3 and match.group(1).split()[0] not in _SHORT_UNITS:
-        return None
-    power = match.group(2) or {"²": "2", "³": "3"}.get(match.group(3), "")
-    if words[0] in ("square", "sq", "cubic"):
-        power = "3" if words[0] == "cubic" else "2"
-        words = words[1:]
-    name = " ".join(words)
-    if len(name) > 2:
-        name = name.removesuffix("s")
-    return _ALIASES.get(name, name) + power
-
-
 def read_number(text: str) -> Quantity | None:
     """The number that the whole text is, with its unit; None where the text is not a plain number."""
     if _INTEGER.fullmatch(text):
@@ -149,20 +85,19 @@ def _read_decimal(text: str) -> Quantity | None:
         return None
     whole = _NOT_DIGITS.sub("", whole or "")
     negative = "-" in (sign, inner_sign)
-    if not rest or rest == ".":
-        unit = ""
-    else:
-        rest = rest.strip()
-        word, _, after = rest.partition(" ")
-        if word.lower() in _SCALES and exponent is None:
-            exponent, rest = str(_SCALES[word.lower()]), after
-        unit = read_unit(rest)
+    unit = ""
+    if rest and rest != ".":
+        word = _SCALE.match(rest)
+        if word and exponent is None:
+            exponent, rest = str(SCALES[word.group(1).lower()]), rest[word.end() :]
+        unit = read_unit(rest, bool(currency))
         if unit is None:
             return None
     if currency:
-        if unit not in ("", _CURRENCY[currency]):
+        name = CURRENCY.get(currency) or read_unit(f" {currency}")
+        if not same_unit(name, unit.partition("/")[0]):
             return None
-        unit = _CURRENCY[currency]
+        unit = unit if unit.startswith(name) else name + unit
     places = None if decimals is None else len(decimals)
     digits = _canonical(negative, whole, decimals or "")
     exponent = exponent or braced or bare
@@ -198,7 +133,7 @@ def same_number(answer: Quantity, gold: Quantity) -> bool:
     (50% and 0.5), and the same figure with the sign left out, where that figure could not be meant as a
     share (50% and 50).
     """
-    if answer.unit and gold.unit and answer.unit != gold.unit:
+    if not same_unit(answer.unit, gold.unit):
         return False
     if (answer.unit == "%") == (gold.unit == "%"):
         return _same_figure(answer, gold)

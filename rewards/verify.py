@@ -13,8 +13,9 @@ from rewards import symbolic
 from rewards.equivalence import same
 from rewards.extraction import candidates, gold_answer
 from rewards.latex import Node, parse
-from rewards.numeric import read_number, read_unit, same_number
+from rewards.numeric import read_number, same_number
 from rewards.tokens import MAX_CHARS, TooBig, Unreadable, check_guards, translate
+from rewards.units import same_unit, split_unit
 
 DEADLINE_S = 2.0
 MAX_OTHERS = 4  # different ways to write the same answer twice in one completion
@@ -71,11 +72,6 @@ def _agree(answers: list[str], answer: str, deadline: float) -> bool:
 
 
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"))
-_TRAILING_UNIT = re.compile(
-    r"(?:(?:\\[ ,;!]|[\s~])*+\\(?:text|textrm|mathrm|mbox)\s*+\{[^{}]*+\}"
-    r"|(?:\\ |\\,|[\s~])++[A-Za-z]{2,}[A-Za-z. ]*+)"
-    r"(?:\s*+\^\s*+\{?[23]\}?)?$"
-)
 _CHOICE = re.compile(
     r"(?:\\(?:text|textbf|mathrm|mathbf)\s*+\{)?\s*+\(?\s*+([A-Z])\s*+\)?\s*+\}?(?:[.):]\s*+.*+)?", re.DOTALL
 )
@@ -162,10 +158,11 @@ def _same_choice(answer: str, gold: str) -> bool | None:
 
 
 def _same_maths(answer: str, gold: str, deadline: float) -> tuple[bool | None, str]:
-    answer, unit = _split_unit(answer)
-    gold, gold_unit = _split_unit(gold)
-    if unit and gold_unit and unit != gold_unit:
-        return False, "unit"
+    if len(answer) <= MAX_CHARS:
+        answer, unit = split_unit(answer)
+        gold, gold_unit = split_unit(gold)
+        if not same_unit(unit, gold_unit):
+            return False, "unit"
     try:
         tree, gold_tree = _tree(answer), _tree(gold)
     except TooBig:
@@ -198,17 +195,6 @@ def _tree(text: str) -> Node | None:
         return None
     except RecursionError:
         raise TooBig("the stack") from None
-
-
-def _split_unit(text: str) -> tuple[str, str]:
-    r"""`25\pi\text{ cm}^2` as maths and unit; the whole text and "" where no unit ends it."""
-    if len(text) > MAX_CHARS:
-        return text, ""
-    match = _TRAILING_UNIT.search(text)
-    if not match or not match.start():
-        return text, ""
-    unit = read_unit(match.group())
-    return (text[: match.start()], unit) if unit else (text, "")
 
 
 def _same_unreadable(answer: str, gold: str, deadline: float) -> tuple[bool | None, str]:

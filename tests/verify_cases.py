@@ -64,8 +64,17 @@ EQUAL = {
         (r"\frac{5}{2}\text{ hours}", "2.5"), (r"2\sqrt{3}\text{ cm}", r"2\sqrt3"), ("18 eggs per day", "18"),
         (r"72\text{ in.}", "72"), ("8 kg", r"8\text{ kg}"),
     ],
+    "units in every spelling": [
+        ("5€", "€5"), ("USD 5", "5"), ("Rs. 50", "50"), ("20 °C", "20"), (r"20^\circ\text{C}", "20 °C"),
+        ("70 mph", "70 miles per hour"), ("5 pounds", "5 lbs"), ("16 ounces", "16 oz"), ("10 a.m.", "10 am"),
+        ("$18/hour", "18"), (r"\$18\text{ per hour}", "$18"), (r"\$1.6\text{ million}", "1600000"),
+        ("60km/h", "60"), ("9.8 m/s^2", r"9.8\text{ m/s}^2"), ("5 meters squared", r"5\text{ m}^2"),
+        ("18 apples left", "18"), (r"6\text{ m}", "6"), (r"2\pi r\text{ cm}", r"2\pi r"), ("5cm^2", "5"),
+        (r"\pi r^2 square units", r"\pi r^2"), ("x = 5 cm", "x=5"), ("18 sq. ft.", "18 square feet"),
+        ("5 million dollars", r"\$5 million"), ("5xzy", "5xyz"), ("4bca", "4abc"), ("2/3xyz", r"\frac23xyz"),
+    ],
     "scientific": [
-        ("1.2e3", "1200"), (r"1.2 \times 10^3", "1200"), (r"1.2\times10^{3}", "1200"),
+        ("1.2e3", "1200"), ("1.2x10^3", "1200"), (r"1.2 \times 10^3", "1200"), (r"1.2\times10^{3}", "1200"),
         (r"1.2 \cdot 10^3", "1200"),
         ("1.2*10^3", "1200"), ("5e-3", "0.005"), (r"5\times 10^{-3}", "0.005"), ("1.2×10^3", "1200"),
         ("6E2", "600"),
@@ -254,6 +263,24 @@ UNEQUAL = {
         (r"25\pi\text{ cm}^2", r"25\pi\text{ m}^2"), ("2 pi", "2"), ("5 percent", "5 dollars"),
         ("18 is wrong", "18"), ("not 18", "18"),
         ("18 minus 2", "18"),
+    ],
+    "products of variables": [
+        ("2", "2x-y"), ("2", "y=2x-b"), ("2", "2x/y"), ("2", "2xyz"), ("3", "3a-b"), ("3", "3n/k"),
+        ("4", "4abc"), ("2/3", "2/3xyz"), ("3x-y", "3"), ("2x abc", "2x"), ("3XYZ", "3xyz"), ("2X-y", "2x-y"),
+        ("5x-ys", "5x-y"), ("2A", "2"), ("3V", "3"), ("4N", "4"), ("9C", "9"), ("6m", "6"), ("3g", "3"),
+        ("2 x/y", "2"), ("2 xyz", "2"), (r"5\text{x}", "5"), ("5x/h", "5"), ("4m/n", "4"), ("x = 2xyz", "2"),
+    ],
+    "words that are no units": [
+        (f"18 {words}", "18")
+        for words in (
+            *["negative", "dozen", "squared", "factorial", "lakh", "incorrect", "unlikely", "nineteen"],
+            *["possibly nineteen", "below zero", "apples or so", "apples at most", "minus", "times two"],
+            *["more", "eighths", "quarters", "fold", "isn't it", "but no", "wrong apples", "apples not"],
+        )
+    ] + [
+        (r"\frac{36}{2}\text{ negative}", "18"), (r"\sqrt{324}\text{ incorrect}", "18"), ("5 km/h", "5 m/s"),
+        ("5 dollars", "5 euros"), ("USD 5", "€5"), ("20 °C", "20 °F"), ("$18/hour", "$18/day"),
+        ("18 lbs", "18 kg"), (r"18\text{ not}", "18"), ("18 million", "18"),
     ],
     "scientific": [
         (r"1.2\times10^3", "120"), ("1e3", "1e4"), (r"5\times10^{-3}", "5000"), (r"10^6", "10^7"),
