@@ -6,10 +6,12 @@ does not. A name in front of a value (`x = 5`, `f(x) = 2x`) is dropped where the
 that contradicts itself equals nothing.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
-from rewards import algebra, evaluation
+from rewards import algebra, evaluation, intervals
 from rewards.latex import Node
 from rewards.numeric import within_rounding
 from rewards.tokens import TooBig
@@ -17,24 +19,28 @@ from rewards.tokens import TooBig
 Prove = Callable[[Node, Node], bool | None]
 
 MAX_ITEMS = 40
-_INFINITY = ("const", "inf")
+_INFINITY = intervals.INFINITY
 _REAL_LINE = ("group", "()", (("neg", _INFINITY), _INFINITY))
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "≡": "≡"}
 _BRACKETS = {"<": ("(", ")"), "<=": ("[", "]"), ">": ("(", ")"), ">=": ("[", "]")}
 
 
-def same(answer: Node, gold: Node, prove: Prove) -> bool | None:
+def same(
+    answer: Node, gold: Node, prove: Prove, rounding: bool = True, deadline: float = math.inf
+) -> bool | None:
     """Does an answer say the same as the gold?
 
     Args:
         answer: what the model wrote, as a tree.
         gold: the tree of the gold; only its decimals may stand for rounded values.
         prove: asked about expressions that agree numerically and have different normal forms.
+        rounding: False compares decimals of the gold exactly, too.
+        deadline: of `time.monotonic()`, looked at before each pair of expressions.
 
     Raises:
-        TooBig: a guard of the arithmetic.
+        TooBig: a guard of the arithmetic, or the deadline.
     """
-    return _Comparison(prove).same(answer, gold)
+    return _Comparison(prove, rounding, deadline).same(answer, gold)
 
 
 def all_of(verdicts: Iterable[bool | None]) -> bool | None:
@@ -49,8 +55,14 @@ def all_of(verdicts: Iterable[bool | None]) -> bool | None:
 
 
 class _Comparison:
-    def __init__(self, prove: Prove) -> None:
+    def __init__(self, prove: Prove, rounding: bool, deadline: float) -> None:
         self.prove = prove
+        self.rounding = rounding
+        self.deadline = deadline
+
+    def exactly(self, left: Node, right: Node) -> bool:
+        """Are two parts of one and the same answer equal? Between them nothing is rounded."""
+        return _Comparison(self.prove, False, self.deadline).same(left, right) is True
 
     def same(self, answer: Node, gold: Node) -> bool | None:
         answer, gold = _expand_signs(answer), _expand_signs(gold)
@@ -58,6 +70,13 @@ class _Comparison:
             return True
         if _all_assignments(answer) and _all_assignments(gold):
             return self.any_order(answer[1], gold[1])
+        names, gold_names = intervals.variables(answer), intervals.variables(gold)
+        if names and gold_names and names != gold_names and _is_condition(answer) and _is_condition(gold):
+            return False
+        if answer[0] == gold[0] and gold[0] in ("all", "any"):
+            verdict = self.any_order(answer[1], gold[1])
+            if verdict or len(gold_names) > 1:
+                return verdict
         if gold[0] == "rel" and answer[0] == "rel":
             verdict = self.same_relation(answer, gold)
             if verdict is not False:
@@ -79,11 +98,9 @@ class _Comparison:
         where it is an inequality; None for a contradiction.
         """
         if node[0] in ("list", "set"):
-            parts = [self.bare(item) if item[0] == "rel" else item for item in node[1]]
+            parts = [item if _is_order(item) or item[0] != "rel" else self.bare(item) for item in node[1]]
             if None in parts:
                 return None
-            if node[0] == "list" and any(_is_order(item) for item in node[1]):
-                return ("union", *parts)
             names = {item[2][0] for item in node[1] if _is_assignment(item)}
             return ("group", "()", tuple(parts)) if len(names) > 1 else (node[0], tuple(parts))
         if node[0] != "rel":
@@ -93,22 +110,27 @@ class _Comparison:
             return self.bare(sides[1])
         if _is_order(node):
             return _as_interval(node) or node
+        if operators == ("!=",) and sides[0][0] == "sym":
+            return ("minus", _REAL_LINE, ("set", sides[1:]))
         if any(operator not in ("=", "≈") for operator in operators):
             return node
-        values = sides[1:] if _is_name(sides[0]) else sides
-        if len(values) == 1:
-            return values[0]
-        return self.chain_value(values)
+        while len(sides) > 1 and _is_name(sides[0]):
+            operators, sides = operators[1:], sides[1:]
+        if len(sides) == 2 and _is_name(sides[1]):  # 2 = x
+            return sides[0]
+        return self.chain_value(operators, sides)
 
-    def chain_value(self, values: Sequence[Node]) -> Node | None:
-        """What `a = b = c` amounts to: its last part, if all
-        parts are proved equal; None for a contradiction.
+    def chain_value(self, operators: Sequence[str], values: Sequence[Node]) -> Node | None:
+        """What `a = b ≈ c` amounts to: the last part before a
+        rounding, if all parts are proved equal, and the rest is
+        that part rounded; None for a contradiction.
         """
-        for left, right in zip(values, values[1:], strict=False):
-            if self.same(left, right) is not True and not _rounds_to(left, right):
+        exact = operators.index("≈") if "≈" in operators else len(operators)
+        for operator, left, right in zip(operators, values, values[1:], strict=False):
+            rounded = operator == "≈" and _rounds_to(values[exact], right)
+            if not rounded and not self.exactly(left, right):
                 return None
-        exact = [value for value in values if _places(value) is None]
-        return exact[-1] if exact else values[-1]
+        return values[exact]
 
     def same_relation(self, answer: Node, gold: Node) -> bool | None:
         a, b = _one_relation(answer), _one_relation(gold)
@@ -137,7 +159,7 @@ class _Comparison:
     def same_value(self, answer: Node, gold: Node) -> bool | None:
         if gold == ("const", "R"):
             gold = _REAL_LINE
-        if answer[0] in ("union", "cap", "minus") or gold[0] in ("union", "cap", "minus"):
+        if answer[0] in _SETS or gold[0] in _SETS:
             return self.same_union(answer, gold)
         if "matrix" in (answer[0], gold[0]):
             return self.same_matrix(answer, gold)
@@ -160,7 +182,17 @@ class _Comparison:
             return self.in_order(answer[-1], gold[-1])
         if not set(kinds) <= {"list", "set"}:
             return False
-        return self.any_order(answer[1], gold[1])
+        return self.any_order(self.distinct(answer), self.distinct(gold))
+
+    def distinct(self, node: Node) -> Sequence[Node]:
+        """The items; of a set in braces each once."""
+        if node[0] != "set" or len(node[1]) > MAX_ITEMS:
+            return node[1]
+        items: list[Node] = []
+        for item in node[1]:
+            if not any(self.exactly(item, other) for other in items):
+                items.append(item)
+        return items
 
     def brackets_agree(self, answer: Node, gold: Node) -> bool:
         if answer[0] == gold[0] == "group":
@@ -194,11 +226,19 @@ class _Comparison:
         return None if undecided else True
 
     def same_union(self, answer: Node, gold: Node) -> bool | None:
-        if "minus" in (answer[0], gold[0]) or "cap" in (answer[0], gold[0]):
-            if answer[0] != gold[0]:
-                return None
-            return all_of([self.same(answer[1], gold[1]), self.same(answer[2], gold[2])])
-        return self.any_order(_flatten(answer), _flatten(gold))
+        kinds = {answer[0], gold[0]}
+        if "list" in kinds:  # (0, 1), (2, 3) may be points
+            return False
+        if kinds <= {"union", "group", "set"}:
+            verdict = self.any_order(_flatten(answer), _flatten(gold))
+        elif kinds == {"minus"} or kinds == {"cap"}:
+            verdict = all_of([self.same(answer[1], gold[1]), self.same(answer[2], gold[2])])
+        else:
+            verdict = None
+        if verdict:
+            return True
+        same_set = intervals.same_set(answer, gold)
+        return verdict if same_set is None else same_set
 
     def same_matrix(self, answer: Node, gold: Node) -> bool | None:
         if answer[0] != gold[0]:
@@ -213,8 +253,10 @@ class _Comparison:
             answer, gold = (node[1] if node[0] == "deg" else node for node in (answer, gold))
         if _INFINITY in (answer, gold) or not (_is_expression(answer) and _is_expression(gold)):
             return False
-        if _rounds_to(answer, gold):
+        if self.rounding and _rounds_to(answer, gold):
             return True
+        if time.monotonic() > self.deadline:
+            raise TooBig("the time")
         verdict = algebra.equal(answer, gold)
         if verdict is not None:
             return verdict
@@ -228,6 +270,9 @@ class _Comparison:
 
 
 _EXPRESSIONS = frozenset(["num", "sym", "const", "+", "*", "/", "^", "neg", "fn", "deg"])
+
+
+_SETS = frozenset(["union", "cap", "minus", "all", "any"])
 
 
 def _is_expression(node: Node) -> bool:
@@ -261,6 +306,10 @@ def _all_assignments(node: Node) -> bool:
 
 def _is_order(node: Node) -> bool:
     return node[0] == "rel" and all(operator in _BRACKETS for operator in node[1])
+
+
+def _is_condition(node: Node) -> bool:
+    return _is_order(node) or node[0] in ("all", "any")
 
 
 def _one_relation(node: Node) -> tuple[str, Node, Node] | None:

@@ -9,6 +9,7 @@ A tree is `(kind, …)`:
     ("set", items)   ("list", items)   ("ratio", items)   ("matrix", rows)
     ("union" | "cap" | "minus", a, b)
     ("rel", operators, sides)       a < x <= b
+    ("all" | "any", conditions)     x > 1 and x < 2; x < 1 or x > 2
 
 The guards of `rewards.tokens` come first. The parser's recursion and the depth of the tree are bounded by
 `enter` and `MAX_CHAIN`.
@@ -88,6 +89,17 @@ def parse(text: str) -> Node:
     return tree
 
 
+def _is_inequality(node: Node) -> bool:
+    return node[0] == "rel" and any(operator in ("<", ">", "<=", ">=", "!=") for operator in node[1])
+
+
+def _is_variable(node: Node) -> bool:
+    """`x`, or `x \\in \\mathbb{R}`: what a set by condition may start with."""
+    if node[0] == "rel" and node[1] == ("in",) and node[2][1] == ("const", "R"):
+        return _is_variable(node[2][0])
+    return node[0] == "sym"
+
+
 class _Parser:
     """Recursive descent over the tokens."""
 
@@ -96,6 +108,7 @@ class _Parser:
         self.at = 0
         self.depth = 0
         self.bars_open = 0
+        self.is_set = False  # inside the braces of a set, where a colon is no ratio
 
     def peek(self) -> str:
         return self.tokens[self.at]
@@ -121,12 +134,20 @@ class _Parser:
     def parse_list(self, closing: str = "") -> Node:
         """Items between commas, semicolons, "and", "or"; a single item is itself."""
         items = [self.relation()]
+        joints = set()
         while self.peek() in (",", ";", "and", "or"):
-            self.take()
-            if self.peek() in ("and", "or"):  # "1, 2, and 3"
-                self.take()
+            joint = self.take()
+            if joint in (",", ";") and self.peek() in ("and", "or"):  # "1, 2, and 3"
+                joint = self.take()
+            joints.add(joint)
             items.append(self.relation())
-        return items[0] if len(items) == 1 else ("list", tuple(items))
+        if len(items) == 1:
+            return items[0]
+        if not joints & {"and", "or"} or not any(_is_inequality(item) for item in items):
+            return ("list", tuple(items))
+        if len(joints) > 1 or not all(item[0] == "rel" for item in items):
+            raise Unreadable("conditions joined in several ways")
+        return ("all" if joints == {"and"} else "any", tuple(items))
 
     def relation(self) -> Node:
         sides = [self.ratio()]
@@ -138,7 +159,7 @@ class _Parser:
 
     def ratio(self) -> Node:
         items = [self.set_expression()]
-        while self.peek() == ":":
+        while self.peek() == ":" and not self.is_set:
             self.take()
             items.append(self.set_expression())
         return items[0] if len(items) == 1 else ("ratio", tuple(items))
@@ -423,17 +444,20 @@ class _Parser:
             self.take()
             return ("set", ())
         self.bars_open += 1  # so that the bar of {x | x > 0} ends the first part
+        was_set, self.is_set = self.is_set, True
         inner = self.parse_list()
         self.bars_open -= 1
-        if self.peek() in ("|", "\\mid"):
+        if self.peek() in ("|", "\\mid", ":"):
             self.take()
+            is_variable = _is_variable(inner)
             inner = self.parse_list()
-            if inner[0] != "rel":
+            if inner[0] not in ("rel", "all", "any") or not is_variable:
                 raise Unreadable("a set by condition")
-            self.expect("\\}")
-            return inner
+        else:
+            inner = ("set", inner[1] if inner[0] == "list" else (inner,))
+        self.is_set = was_set
         self.expect("\\}")
-        return ("set", inner[1] if inner[0] == "list" else (inner,))
+        return inner
 
     def root(self) -> Node:
         if self.peek() == "[":

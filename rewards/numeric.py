@@ -125,14 +125,21 @@ def _read_fraction(text: str) -> Quantity | None:
     return Quantity(None, -value if sign == "-" else value, None, unit)
 
 
-def same_number(answer: Quantity, gold: Quantity) -> bool:
+def same_number(answer: Quantity, gold: Quantity, rounding: bool = True) -> bool:
     """Is it the same quantity? Exact, but for a gold that
     is itself a rounded decimal (see `within_rounding`).
 
     A unit that one side leaves out is no difference; two different units are. A percentage equals its value
     (50% and 0.5), and the same figure with the sign left out, where that figure could not be meant as a
     share (50% and 50).
+
+    Args:
+        answer: untrusted.
+        gold: the truth.
+        rounding: False compares exactly whatever the gold.
     """
+    if not rounding:
+        gold = gold._replace(places=None)
     if not same_unit(answer.unit, gold.unit):
         return False
     if (answer.unit == "%") == (gold.unit == "%"):

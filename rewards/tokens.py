@@ -38,6 +38,7 @@ _DROPPED = re.compile(
 )
 _GROUPED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:(?:\{,\}|,?\\[,!],?|\\ |~| )[0-9]{3})++(?![0-9])")
 _UNION_LETTER = re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])")
+_IN_WORD = re.compile(r"(?<=[A-Za-z] )in(?= [\[(])")
 _UNICODE = str.maketrans(
     {
         "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "π": "\\pi ", "√": "\\sqrt ",
@@ -87,6 +88,8 @@ def translate(text: str) -> str:
     if "\\" in text or "~" in text or "$" in text:
         text = _GROUPED.sub(lambda match: re.sub("[^0-9]", "", match.group()), text)
         text = _DROPPED.sub(" ", text)
+    if " in " in text:
+        text = _IN_WORD.sub("\\\\in", text)
     return _UNION_LETTER.sub("\\\\cup", text) if "U" in text else text
 
 

@@ -60,10 +60,10 @@ def judge(completion: str, gold: str, strict: bool = True) -> Verdict:
 
 
 def _agree(answers: list[str], answer: str, deadline: float) -> bool:
-    """Do several marked answers say the same as the last? One that cannot be decided counts as a hedge."""
+    """Do several marked answers say exactly the same as the last? One that cannot be decided is a hedge."""
     others = {clean(other) for other in answers[:-1]} - {answer}
     return len(others) <= MAX_OTHERS and all(
-        same_answer(other, answer, deadline)[0] is True for other in others
+        same_answer(other, answer, deadline, rounding=False)[0] is True for other in others
     )
 
 
@@ -78,7 +78,7 @@ _CHOICE = re.compile(
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]++")
 _BARE_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}|[\"'`@#?]")  # maths has commands, not words
 _VOWEL = re.compile(r"[aeiou]")
-_NAMED = re.compile(r"^[A-Za-z](?:_[A-Za-z0-9])?\s*+=\s*+(?=[^=]*+$)")
+_NAMED = re.compile(r"^[A-Za-z](?:_[A-Za-z0-9])?\s*+=\s*+(?=[^=<>]*+$)")
 _BRACED = re.compile(r"\{[^{}]*+\}")
 _TEXT_MACRO = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox)\s*+\{([^{}]*+)\}")
 _LATEX_COMMAND = re.compile(r"\\[A-Za-z]{2,}")
@@ -102,13 +102,14 @@ def clean(text: str) -> str:
     return text.replace("−", "-")
 
 
-def same_answer(answer: str, gold: str, deadline: float) -> tuple[bool | None, str]:
+def same_answer(answer: str, gold: str, deadline: float, rounding: bool = True) -> tuple[bool | None, str]:
     """Do two cleaned answers say the same? The verdict, and how it was reached.
 
     Args:
         answer: untrusted.
         gold: the truth; only its decimals may be rounded values.
         deadline: of `time.monotonic()`, for what needs computer algebra.
+        rounding: may a decimal of the gold stand for a rounded value?
     """
     if not gold or not answer:
         return False, "empty"
@@ -118,11 +119,11 @@ def same_answer(answer: str, gold: str, deadline: float) -> tuple[bool | None, s
     if gold_number:
         answer_number = read_number(answer)
         if answer_number:
-            return same_number(answer_number, gold_number), "number"
+            return same_number(answer_number, gold_number, rounding), "number"
     if answer == gold:
         return True, "text"
     verdict = _same_words(answer, gold)
-    return verdict if verdict else _same_maths(answer, gold, deadline)
+    return verdict if verdict else _same_maths(answer, gold, deadline, rounding)
 
 
 def _same_words(answer: str, gold: str) -> tuple[bool, str] | None:
@@ -157,7 +158,7 @@ def _same_choice(answer: str, gold: str) -> bool | None:
     return chosen.group(1) == right.group(1)
 
 
-def _same_maths(answer: str, gold: str, deadline: float) -> tuple[bool | None, str]:
+def _same_maths(answer: str, gold: str, deadline: float, rounding: bool) -> tuple[bool | None, str]:
     if len(answer) <= MAX_CHARS:
         answer, unit = split_unit(answer)
         gold, gold_unit = split_unit(gold)
@@ -180,7 +181,7 @@ def _same_maths(answer: str, gold: str, deadline: float) -> tuple[bool | None, s
         return symbolic.prove_equal(left, right, deadline - time.monotonic())
 
     try:
-        verdict = same(tree, gold_tree, prove)
+        verdict = same(tree, gold_tree, prove, rounding, deadline)
     except (TooBig, RecursionError):  # the caller may stand deep in the stack
         return None, "too big"
     except ValueError:  # not a comparison that means anything, such as a tuple inside a sum

@@ -132,6 +132,12 @@ def test_two_boxes_that_agree_are_no_hedge():
     assert is_correct(r"\boxed{0.5} that is \boxed{\frac12}", "1/2")
 
 
+def test_boxes_agree_only_exactly():
+    assert judge(r"\boxed{17.96} \boxed{18.0}", "18").method == "hedged"
+    assert judge(r"\boxed{\frac{2}{3}} \boxed{0.67}", "2/3").method == "hedged"
+    assert is_correct(r"\boxed{18} \boxed{18.0}", "18")
+
+
 def test_a_gold_may_be_a_worked_solution():
     assert is_correct("#### 72", "She sold 48+24 = <<48+24=72>>72 clips.\n#### 72")
     assert is_correct(completion("72"), r"so $x = \boxed{72}$ clips")

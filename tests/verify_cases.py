@@ -177,6 +177,14 @@ EQUAL = {
         (r"\mathbb{R}\setminus\{0\}", r"\mathbb{R} \setminus \{0\}"),
         (r"x\in(-\infty,1)\cup(2,\infty)", r"(-\infty,1)\cup(2,\infty)"),
     ],
+    "sets of numbers": [
+        (r"x>1 \text{ and } x<2", "(1,2)"), ("x>0 or x<5", r"\mathbb{R}"), ("x<1 and x<2", "x<1"),
+        (r"\{x : x>3\}", r"(3,\infty)"), ("x in [2,5)", "[2,5)"), (r"\{1,1,2\}", r"\{1,2\}"),
+        (r"[0,1]\cup[1,2]", "[0,2]"), (r"x\neq0", r"(-\infty,0)\cup(0,\infty)"), (r"x\ne0", r"x\neq 0"),
+        (r"\mathbb{R}\setminus\{0\}", r"x\ne0"), (r"[0,2]\cap[1,3]", "[1,2]"), (r"\{0\}\cup(0,1)", "[0,1)"),
+        ("x=0 or x>3", r"\{0\}\cup(3,\infty)"), (r"[0,\sqrt2]\cup[\sqrt{2},2]", "[0,2]"),
+        (r"\{x\in\mathbb{R} \mid x>3\}", "x>3"), ("x>1 and y<2", "y<2 and x>1"), ("x>1, y<2", "y<2, x>1"),
+    ],
     "matrices": [
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
@@ -224,6 +232,7 @@ EQUAL_ONE_WAY = {
     "chains": [
         ("5+13=18", "18"), ("x=2+3=5", "5"), ("S = 10 + 8 = 18", "18"), (r"\pi\approx3.14", r"\pi"),
         ("20-2=18", "18"),
+        ("x=y=20", "20"), ("2=x", "2"), (r"\frac13\approx0.333", "1/3"), (r"x=\frac23\approx0.67", "0.667"),
         (r"\frac{36}{2}=18", "18"), ("(x+1)^2=x^2+2x+1", "x^2+2x+1"), (r"\text{total}=18", "18"),
     ],
 }  # fmt: skip
@@ -347,6 +356,18 @@ UNEQUAL = {
         (r"(-\infty,1)\cup(2,\infty)", r"(-\infty,1]\cup(2,\infty)"), (r"[0,1]\cup[2,3]", "[0,1]"),
         (r"(0,1)\cup(1,2)", "(0,2)"), ("x<1 or x>2", "x<1"),
         (r"[0,1]\cup[2,3]", r"[0,1]\cup[2,4]"),
+    ],
+    "sets of numbers": [
+        ("x<1 and x>2", r"(-\infty,1)\cup(2,\infty)"), ("x>0 and x<5", "x>0 or x<5"), ("x>5", "y>5"),
+        ("x>0 or y>1", "x>0 or x>1"), ("x>0 and y<5", "(0,5)"), ("x>1, y<2", "y>1, x<2"),
+        (r"[0,1]\cup[1,2]", "[0,2)"), (r"[0,1)\cup(1,2]", "[0,2]"), (r"x\ne0", r"\mathbb{R}"),
+        (r"\{x^2 : x>3\}", "x>3"), (r"\{1,1,2\}", r"\{1,2,2,3\}"),
+        (r"(0,1)\cup(2,3)", "(0,1),(2,3)"), (r"x\ne0", r"x\ne1"), (r"[0,2]\cap[1,3]", r"[0,2]\cup[1,3]"),
+    ],
+    "chains that contradict themselves": [
+        ("17.96=18.0", "18"), ("17.9500001=18.0", "18"), ("x=17.951=17.95=18.0", "18"),
+        ("99.96=100.0", "100"), (r"\frac13=0.333", r"\frac13"), (r"17.96\approx18.0", "18"),
+        (r"17.9\approx18.0=18", "18"), ("2=x=3", "3"), ("x=y=20", "21"), (r"\pi\approx3.15", r"\pi"),
     ],
     "matrices": [
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
