@@ -67,7 +67,7 @@ _DIVIDE = frozenset(["/", "\\div"])
 _MATRICES = frozenset(["pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array"])
 _SETS = {"\\cup": "union", "\\cap": "cap", "\\setminus": "minus"}
 _ACCENTS = frozenset(["\\overline", "\\vec", "\\hat", "\\bar", "\\tilde", "\\widehat", "\\overrightarrow"])
-_TRANSPARENT = frozenset(["\\boxed", "\\fbox", "\\mathop", "\\rm", "\\bf"])
+_TRANSPARENT = frozenset(["\\boxed", "\\fbox", "\\underline", "\\mathop", "\\rm", "\\bf"])
 
 
 def parse(text: str) -> Node:

@@ -48,17 +48,19 @@ _OTHER_WORDS = {
         around about circa near almost est estimate estimated rough unsure uncertain unclear doubtful probable
         likely possible unknown either or and any also both something whatever ish wait hmm oops actually
         sorry alternative""",
-    "comparisons": """negative minus plus equal equals is are was were be than more less fewer greater bigger
+    "comparisons": """negative minus plus than more less fewer greater bigger
         smaller larger lower higher below above under beyond within between until to then versus vs up most
         least max maximum minimum""",
     "verdicts": """wrong incorrect false mistake mistaken invalid error erroneous inaccurate inexact untrue
         bogus nonsense""",
+    "verbs": """is are was were be equal equals""",
     "maths": """i e pi sqrt sin cos tan cot csc log ln exp gcd lcm theta alpha beta infinity infty inf""",
 }
 _NUMERALS = frozenset(_NUMERAL_WORDS.split())
 _NOT_UNITS = frozenset(word for words in _OTHER_WORDS.values() for word in words.split())
 _CHANGES = re.compile(r".*(?:teen|teenth|ly|illion|illionth|ieth|fold)")
 _LINKS = frozenset(["of", "per", "a", "an", "the", "in", "on", "each", "at"])
+_WORD = re.compile(r"[a-z]+")
 _VOWEL = re.compile(r"[aeiou]")
 
 _MACRO = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname|rm)\s*+\{([^{}]*+)\}")
@@ -150,6 +152,12 @@ def _may_stand(word: str, is_marked: bool, is_later: bool) -> bool:
 def _name(word: str) -> str:
     known = _KNOWN.get(word) or _KNOWN.get(word.lower())
     return known or word.lower().removesuffix("s")
+
+
+def takes_back(text: str) -> bool:
+    """Does a sentence have a word that negates, hedges or changes what it says?"""
+    words = set(_WORD.findall(text.lower())) - set(_OTHER_WORDS["verbs"].split())
+    return "n't" in text or not words.isdisjoint(_NUMERALS | _NOT_UNITS)
 
 
 def same_unit(left: str, right: str) -> bool:

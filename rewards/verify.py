@@ -15,7 +15,7 @@ from rewards.extraction import candidates, gold_answer
 from rewards.latex import Node, parse
 from rewards.numeric import read_number, same_number
 from rewards.tokens import MAX_CHARS, TooBig, Unreadable, check_guards, translate
-from rewards.units import same_unit, split_unit
+from rewards.units import same_unit, split_unit, takes_back
 
 DEADLINE_S = 2.0
 MAX_OTHERS = 4  # different ways to write the same answer twice in one completion
@@ -73,15 +73,19 @@ def _agree(answers: list[str], answer: str, deadline: float) -> bool:
 
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"))
 _CHOICE = re.compile(
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*+\{)?\s*+\(?\s*+([A-Z])\s*+\)?\s*+\}?(?:[.):]\s*+.*+)?", re.DOTALL
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*+\{)?\s*+\(?\s*+([A-Z])\s*+\)?\s*+\}?(?:[.):]\s*+(.*+))?",
+    re.DOTALL,
 )
+_OPTION = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])")
+# What our parser leaves to Math-Verify, and what that misreads: it drops dots and takes \frac172 for 1/72.
+_BEYOND = re.compile(r"\\(?:sum|prod|lim|i{0,3}nt|oint)(?![A-Za-z])")
+_MISREAD = re.compile(r"\\[lcdv]?dots|\.\.|…|frac\s*+(?:\{[^{}]*+\}|[0-9])\s*+[0-9]\s*+[0-9]")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]++")
 _BARE_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}|[\"'`@#?]")  # maths has commands, not words
 _VOWEL = re.compile(r"[aeiou]")
 _NAMED = re.compile(r"^[A-Za-z](?:_[A-Za-z0-9])?\s*+=\s*+(?=[^=<>]*+$)")
 _BRACED = re.compile(r"\{[^{}]*+\}")
 _TEXT_MACRO = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox)\s*+\{([^{}]*+)\}")
-_LATEX_COMMAND = re.compile(r"\\[A-Za-z]{2,}")
 
 
 def clean(text: str) -> str:
@@ -151,9 +155,14 @@ def _plain_words(text: str) -> str:
 def _same_choice(answer: str, gold: str) -> bool | None:
     """Multiple choice: the same letter, whatever brackets or
     repeated option stand around it; None if it is not that.
+
+    What follows the letter must neither name a second option nor take the first one back.
     """
     chosen, right = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(gold)
     if not right or not chosen:
+        return None
+    rest = chosen.group(2)
+    if rest and (_OPTION.search(rest) or takes_back(rest)) and rest != right.group(2):
         return None
     return chosen.group(1) == right.group(1)
 
@@ -170,7 +179,7 @@ def _same_maths(answer: str, gold: str, deadline: float, rounding: bool) -> tupl
         return None, "too big"
     if tree is None or gold_tree is None:
         unreadable = [text for text, read in ((answer, tree), (gold, gold_tree)) if read is None]
-        if not all(_LATEX_COMMAND.search(text) for text in unreadable):
+        if not all(_BEYOND.search(text) for text in unreadable) or _MISREAD.search(answer + gold):
             return False, "text"
         return _same_unreadable(answer, gold, deadline)
     asked = False

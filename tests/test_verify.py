@@ -138,6 +138,10 @@ def test_boxes_agree_only_exactly():
     assert is_correct(r"\boxed{18} \boxed{18.0}", "18")
 
 
+def test_a_sum_that_nobody_evaluated_is_undecided():
+    assert judge(completion(r"\sum_{i=1}^n i"), r"\frac{n(n+1)}{2}").correct is not False
+
+
 def test_a_gold_may_be_a_worked_solution():
     assert is_correct("#### 72", "She sold 48+24 = <<48+24=72>>72 clips.\n#### 72")
     assert is_correct(completion("72"), r"so $x = \boxed{72}$ clips")

@@ -217,6 +217,7 @@ EQUAL = {
         (r"|x-1|", "|1-x|"), (r"\sum_{k=1}^{3} k", "6"), (r"\int_0^1 x\,dx", r"\frac12"),
         (r"\gcd(12,18)", r"\gcd(18,12)"),
         (r"\overline{AB}", r"\overline{AB}"), (r"\lceil 2.5\rceil", "3"), ("2516_8", "2516_{8}"),
+        (r"\underline{18}", "18"), (r"1,2,\ldots", r"1,2,\ldots"),
     ],
 }  # fmt: skip
 
@@ -384,6 +385,11 @@ UNEQUAL = {
     ],
     "choices": [("C", "B"), ("(C)", "(D)"), ("A and C", "C"), ("C or D", "C"), ("ABCD", "C"), ("15", "C"),
     ("B) 15", "C"), ("A, B", "A")],
+    "beyond our parser": [
+        (r"1,2,\ldots", "1,2"), (r"\{1,2,\ldots\}", r"\{1,2\}"), (r"18\ldots", "18"),
+        (r"\frac{1}{72}", r"\frac172"), (r"\frac{1}{23}", r"\frac123"), (r"\sum_{k=1}^{3} k,\ldots", "6"),
+        (r"\frac{1}{72}\int_0^1 dx", r"\frac172\int_0^1 dx"), (r"\{x\in\mathbb{Z} \mid x>3\}", "x>3"),
+    ],
     "other": [
         ("101_2", "101_3"), ("101_2", "101"), ("3:2", "2:3"), ("|x|", "x"), ("101_2", "110_2"),
         (r"\sum_{k=1}^{3} k", "7"), (r"\int_0^1 x\,dx", r"\frac13"),
@@ -392,6 +398,10 @@ UNEQUAL = {
 }  # fmt: skip
 
 UNEQUAL_ONE_WAY = {
+    "hedged choices": [
+        ("B) or C)", "B"), ("B. or C.", "B"), ("B: no, C", "B"), ("(B) (C)", "B"), ("(B),(C)", "B"),
+        ("A) B) C) D)", "A"), ("B. maybe", "B"), ("B: wrong", "B"), ("B) 15 (C) 16", "B"), ("B) not 15", "B"),
+    ],
     "rounded answers": [
         ("3.14", r"\pi"), ("0.33", r"\frac13"), ("0.67", "2/3"), ("1.41", r"\sqrt2"), ("3.146", "3.14"),
         ("0.5", "0.333"), ("0.3", "0.33"), ("18.4", "18"),
