@@ -9,7 +9,8 @@ strict judge wants them to agree.
 
 import re
 
-from prompts import ANSWER_CLOSE, ANSWER_OPEN, parse_completion
+from prompts import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, parse_completion
+from rewards.units import takes_back
 
 # A completion longer than this is cut from the left before the weak places are searched; answers stand at
 # the end.
@@ -21,12 +22,34 @@ MAX_ANSWER_TAGS = 32
 
 _BRACE_OR_BOX = re.compile(r"\\(?:boxed|fbox)\s*+\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*+([^\s{}$.,;]+)")
-_HASHES = re.compile(r"^[ \t]*+####[ \t]*+(\S[^\n]*+)", re.MULTILINE)
-_PHRASE = re.compile(r"\banswer\s*+(?:is\b|:|=)|^[ \t]*+A[ \t]*+:", re.IGNORECASE | re.MULTILINE)
+_HASHES = re.compile(r"(?<![#\S])####[ \t]++([^\s#][^\n]*+)")
+_HEADING = re.compile(r"[0-9]++[.)]\s|[A-Za-z]")  # a heading of the fourth rank, not GSM8K's mark
+_PHRASE = re.compile(
+    r"\banswer[ \t*_]*+(?:is\b|:|=)|^[ \t#*_]*+(?:final[ \t]++)?answer[ \t*_]*+$|^[ \t]*+A[ \t]*+:"
+    r"|\bcorrect[ \t]++(?:option|choice|letter)[ \t]++is\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+_OPTION_B = re.compile(r"^[ \t]*+B[ \t]*+:", re.MULTILINE)  # then "A:" is an option too, not "Answer:"
 _PHRASE_START = re.compile(r"[\s:=*_]*+")
-_SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|\*\*")
+_LEAD_IN = re.compile(r"[A-Za-z\s*_]*+")
+_SENTENCE_END = re.compile(r"(?<!\bi\.e)\.(?=\s|$)|\n|\*\*")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?(?:/\d++)?")
-_CLAIM = re.compile(r"(?:[A-Za-z']++\s++){1,8}?(?:is|are|was|equals)\s++(?=[-+$\\\d(])")
+# A sentence up to its number: "the total is", "it's", "she has"; "Total =".
+_CLAIM = re.compile(
+    r"(?:[A-Za-z']++\s++){0,10}?(?:[A-Za-z]*'s|is|are|was|were|equals|has|have|had|gets?|got|makes?|made"
+    r"|earns?|earned|needs?|costs?|pays?|paid|takes?|took|spends?|spent|sold|bought|[A-Za-z]{4,}\s*+=)"
+    r"\s++(?=[-+$\\\d(])",
+    re.IGNORECASE,
+)
+_FILLER = re.compile(
+    r"#{2,}\s++|(?:therefore|thus|hence|so|then|simply|exactly|indeed|now|just|only),?\s++"
+    r"|(?:option|choice|letter)\s++(?=\(?[A-Z]\b)",
+    re.IGNORECASE,
+)
+_REASON = re.compile(r",?\s++(?:because|since)\s.*+", re.DOTALL)
+_THAT_IS = re.compile(r",?\s*+\bi\.e\.,?\s*+")
+# A thought under another name is a thought.
+_THOUGHT = re.compile(r"<\s*+(/?)\s*+(?:think|thinking|thoughts?|reasoning)\s*+>", re.IGNORECASE)
 
 
 def boxed(text: str) -> list[str]:
@@ -63,13 +86,26 @@ def answer_blocks(text: str) -> list[str]:
 
 def _phrases(text: str) -> list[str]:
     """What follows "the answer is", "answer:" or a line's "A:", up to the end of the sentence or line."""
+    matches = list(_PHRASE.finditer(text))[-MAX_PHRASES:]
     found = []
-    for match in list(_PHRASE.finditer(text))[-MAX_PHRASES:]:
+    for match, following in zip(matches, [*matches[1:], None], strict=False):
+        if match.group().strip() == "A:" and _OPTION_B.search(text):
+            continue
         start = _PHRASE_START.match(text, match.end()).end()
+        lead_in = text[start : following.start()] if following else "0"
+        if _LEAD_IN.fullmatch(lead_in) and not takes_back(lead_in):
+            continue  # "Final answer: the final answer is 18"
         phrase = text[start : start + MAX_PHRASE_CHARS]
         end = _SENTENCE_END.search(phrase)
         found.append(phrase[: end.start()] if end else phrase)
-    return [phrase for phrase in found if phrase.strip()]
+    return [_undressed(phrase) for phrase in found if phrase.strip()]
+
+
+def _undressed(answer: str) -> str:
+    """Without the words around an answer that add nothing to it."""
+    answer = _FILLER.sub("", answer.strip(), count=1) if answer[:1] != "\\" else answer
+    answer = _REASON.sub("", answer)
+    return _THAT_IS.sub("=", answer) if "i.e." in answer else answer
 
 
 def _innermost_claim(text: str) -> str:
@@ -79,8 +115,30 @@ def _innermost_claim(text: str) -> str:
     phrases = _phrases(text)
     if phrases:
         return phrases[-1]
+    text = _undressed(text)
     claim = _CLAIM.match(text)
-    return text[claim.end() :] if claim else text
+    return _undressed(text[claim.end() :]) if claim and not takes_back(claim.group()) else text
+
+
+def _marked(text: str) -> list[str]:
+    """What stands behind `####`; of headings, which look the same, the last where there is nothing else."""
+    marks = _HASHES.findall(text)
+    return [mark for mark in marks if not _HEADING.match(mark)] or marks[-1:]
+
+
+def _outside_thoughts(completion: str) -> str:
+    """What stands outside of thoughts, each of which leaves a
+    new line; nothing before a tag that closes no thought,
+    as the thought around another one ends there.
+    """
+    completion = _THOUGHT.sub(r"<\1think>", completion)
+    is_open, start = False, 0
+    for tag in _THOUGHT.finditer(completion):
+        is_close = bool(tag.group(1))
+        if is_close and not is_open:
+            start = tag.end()
+        is_open = not is_close
+    return parse_completion(completion[start:].replace(THINK_CLOSE, THINK_CLOSE + "\n")).answer_text
 
 
 def candidates(completion: str, strict: bool = True) -> list[str]:
@@ -92,7 +150,7 @@ def candidates(completion: str, strict: bool = True) -> list[str]:
     """
     if len(completion) > MAX_COMPLETION_CHARS or completion.count(ANSWER_OPEN) > MAX_ANSWER_TAGS:
         return []
-    text = parse_completion(completion).answer_text
+    text = _outside_thoughts(completion) if "<" in completion else completion
     found: list[str] = []
     blocks = answer_blocks(text)
     for block in blocks:
@@ -102,7 +160,7 @@ def candidates(completion: str, strict: bool = True) -> list[str]:
     if found:
         return found
     text = text[-TAIL_CHARS:]
-    marked = _HASHES.findall(text)[-1:] or _phrases(text)
+    marked = _marked(text) or _phrases(text)
     if marked or strict:
         return marked
     return _NUMBER.findall(text)[-1:]

@@ -111,6 +111,24 @@ def test_the_tables_are_as_large_as_promised():
         ("blah\n#### 1,234", ["1,234"]),
         ("The answer is:\n\n5", ["5"]),
         (r"The answer is 4, no: \boxed{5}", ["5"]),
+        ("Final Answer: The final answer is $18$. I hope it is correct.", ["$18$"]),
+        ("A: The answer is 18.", ["18"]),
+        ("**Final Answer**: 18", ["18"]),
+        ("**Answer**: 18", ["18"]),
+        ("### Answer\n18", ["18"]),
+        ("so 10+8 #### 18", ["18"]),
+        ("#### 1. Count\nten\n#### Add\n#### 18", ["18"]),
+        ("The correct option is B.", ["B"]),
+        ("The answer is option B", ["B"]),
+        ("The answer is B, because C is wrong.", ["B"]),
+        ("The answer is therefore 18.", ["18"]),
+        (r"The answer is $\frac12$, i.e. 0.5.", [r"$\frac12$=0.5"]),
+        ("<answer>She has 18 apples left.</answer>", ["18 apples left."]),
+        ("<answer>It's 18</answer>", ["18"]),
+        ("<answer>#### 18</answer>", ["18"]),
+        ("<answer>Total = 18</answer>", ["18"]),
+        ("<answer>She never has 18</answer>", ["She never has 18"]),
+        ("A: 18\nB: 19", []),
         ("I think it is 18", []),
         ("<think>18", []),
         ("", []),
@@ -130,6 +148,11 @@ def test_lenient_judging_also_takes_the_last_number_and_the_last_of_several():
 
 def test_two_boxes_that_agree_are_no_hedge():
     assert is_correct(r"\boxed{0.5} that is \boxed{\frac12}", "1/2")
+
+
+@pytest.mark.parametrize("text", ["`18`", '"18"', "**18**", "exactly 18", "18 because 9 + 9 = 18"])
+def test_what_only_dresses_an_answer_is_taken_off(text):
+    assert is_correct(f"The answer is {text}.", "18")
 
 
 def test_boxes_agree_only_exactly():

@@ -100,6 +100,8 @@ ANSWERS = {
 
 COMPLETIONS = {
     "hedges": [
+        "#### 19\n#### 18", "A: 18\nB: 19", "The answer is 19, no, the answer is 18.",
+        "The answer is not: the answer is 18", "Answer: 19 Answer: 18", "The answer is 18 or 19",
         r"\boxed{18} \boxed{19}", r"\boxed{19} \boxed{18}", r"<answer>18</answer><answer>19</answer>",
         r"<answer>\boxed{18}\boxed{19}</answer>", r"<answer>19</answer> so \boxed{18}",
         "The answer is 18. The answer is 19.", "The answer is 19. The answer is 18.", "A: 18\nA: 19",
@@ -108,6 +110,10 @@ COMPLETIONS = {
         "".join(f"<answer>{n}</answer>" for n in range(1000)) + "<answer>18</answer>",
     ],
     "tags out of place": [
+        r"<think><think>x</think>\boxed{18}</think>", "<answer>1<think>x</think>8</answer>",
+        r"\box<think>x</think>ed{18}", r"<thinking>\boxed{18}", r"<THINK>\boxed{18}",
+        r"< Thought >\boxed{18}",
+        "<reasoning>The answer is 18", "<ans<think>x</think>wer>18</answer>",
         "<think>18", r"<think>\boxed{18}", "<think><answer>18</answer>", "<think>the answer is 18</think>",
         "<think>#### 18</think>", r"<think>\boxed{18}</think>", "<think>a</think><think>b<answer>18</answer>",
         "18</think>", r"\boxed{18}</think>", "<answer>18", "</answer>18<answer>", "<answer></answer>",
