@@ -412,12 +412,23 @@ class Algebra:
                 part = self.power(base, ({(): coefficient}, None))
             elif bases == {"e": 1} and (turn := self.turn(monomial, coefficient)) is not None:
                 part = turn
+            elif bases == {"e": 1} and (log := self.only_logarithm(monomial)) is not None:
+                prime, rest = log
+                part = self.power(({(): prime}, None), ({rest: coefficient}, None))
             else:
-                self.exact = self.exact and all(exponent == 1 for _, exponent in monomial)
+                # 2^(ln 3) is 3^(ln 2): the normal form does not know.
+                self.exact = self.exact and all(e == 1 and a[:2] != "ln" for a, e in monomial)
                 powers = {f"{b.strip('#')}^{self.name(monomial)}": k * coefficient for b, k in bases.items()}
                 part = self.monomial(powers, 1), None
             result = self.times(result, part)
         return result
+
+    def only_logarithm(self, monomial: Monomial) -> tuple[int, Monomial] | None:
+        """The prime p and the rest of a product with a single ln p in it: e^(x ln p) is p^x."""
+        logs = [(atom, exponent) for atom, exponent in monomial if atom[:2] == "ln"]
+        if len(logs) != 1 or logs[0][1] != 1 or not logs[0][0][2:].isdigit():
+            return None
+        return int(logs[0][0][2:]), tuple(pair for pair in monomial if pair != logs[0])
 
     def _is_atom(self, polynomial: Polynomial) -> bool:
         ((exponents, coefficient),) = polynomial.items()

@@ -118,6 +118,10 @@ EQUAL = {
         (r"1-\frac{1}{x+1}", r"\frac{x}{x+1}"),
     ],
     "powers and logarithms": [
+        (r"e^{\ln 5}", "5"), (r"e^{3\ln 2}", "8"), (r"e^{-\ln2}", r"\frac12"), (r"e^{1+\ln 2}", "2e"),
+        (r"e^{x\ln2}", "2^x"), (r"e^{\ln 6}", "6"), (r"e^{\frac12\ln 2}", r"\sqrt2"),
+        (r"2^{\ln3}", r"3^{\ln2}"),
+        (r"e^{x\ln 6}", "6^x"), (r"e^{\ln2\ln3}", r"2^{\ln3}"),
         (r"\log_2 8", "3"), (r"\ln 8", r"3\ln 2"), (r"\ln e^2", "2"), ("2^{x+1}", r"2\cdot2^x"),
         ("4^x", "2^{2x}"),
         (r"e^{x}e^{y}", "e^{x+y}"), (r"\log_{10} 100", "2"), (r"\frac{\ln 8}{\ln 2}", "3"),
@@ -321,6 +325,7 @@ UNEQUAL = {
         (r"\frac1x+\frac1y", r"\frac{1}{x+y}"), (r"\frac{x^2+1}{x+1}", "x"),
     ],
     "powers and logarithms": [
+        (r"e^{\ln 5}", "6"), (r"e^{2\ln 5}", "10"), (r"2^{\ln3}", r"3^{\ln3}"), (r"e^{x\ln2}", "e^x"),
         (r"\ln 2", r"\log_{10} 2"), (r"\log_2 8", "4"), ("2^x", "x^2"), ("2^{x+1}", "2^x+1"),
         (r"\ln(x+y)", r"\ln x+\ln y"), ("e^x", "e^{-x}"),
         (r"\log 2", r"\log 3"), (r"e^{2x}", r"2e^x"),
