@@ -27,6 +27,10 @@ class OutOfTime(Exception):
     """The child did not answer before the deadline; it was killed."""
 
 
+class StillStarting(OutOfTime):
+    """The child was not ready in time; it goes on starting, for a later request."""
+
+
 class ChildDied(Exception):
     """The child ended before it answered (out of memory, killed from outside, or a crash of a library)."""
 
@@ -37,17 +41,25 @@ class Child:
     Requests from several threads queue up; the wait counts against the deadline.
     """
 
-    def __init__(self, module: str, memory_bytes: int | None = None, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        module: str,
+        memory_bytes: int | None = None,
+        arguments: tuple[str, ...] = (),
+        start_s: float = START_TIMEOUT_S,
+    ) -> None:
         """A child that runs `module.main()`, which calls `serve`.
 
         Args:
             module: full name of one of our modules.
             memory_bytes: cap of its address space where the system has one; None for no cap.
             arguments: handed to the module.
+            start_s: the most that a request waits for the start of a fresh child, on top of its own time.
         """
         self.module = module
         self.memory_bytes = memory_bytes
         self.arguments = arguments
+        self.start_s = start_s
         self._forget()
         _children.add(self)
 
@@ -57,26 +69,35 @@ class Child:
         self.to_child: Connection | None = None
         self.from_child: Connection | None = None
         self.is_ready = False
+        self.launched = 0.0  # of time.monotonic()
 
     def request(self, message: Any, timeout_s: float) -> Any:
         """Send a message and wait for the answer.
 
         Args:
             message: anything that can be pickled.
-            timeout_s: wall-clock seconds for the answer; the start of a fresh child comes on top.
+            timeout_s: wall-clock seconds for the answer; the start of a fresh child comes on top, up to
+                `start_s`.
 
         Raises:
-            OutOfTime: no answer in time; the child was killed. ChildDied: the child ended by itself.
+            OutOfTime: no answer in time; the child was killed, or is still starting. ChildDied: the child
+                ended by itself.
         """
         deadline = time.monotonic() + timeout_s
         if not self.lock.acquire(timeout=timeout_s):
             raise OutOfTime("the child was busy")
+        return self.request_locked(message, deadline)
+
+    def request_locked(self, message: Any, deadline: float) -> Any:
+        """`request` for whoever holds the lock, which is let go; `deadline` is of `time.monotonic()`."""
         try:
             if not self.is_ready:
                 waited_since = time.monotonic()
-                self._start()
-                deadline += time.monotonic() - waited_since
+                self._start(deadline + self.start_s)
+                deadline += min(self.start_s, time.monotonic() - waited_since)
             return self._exchange(message, deadline)
+        except StillStarting:
+            raise
         except (OSError, EOFError) as error:
             self._kill()
             raise ChildDied(f"{self.module} ended: {type(error).__name__}") from error
@@ -86,10 +107,13 @@ class Child:
         finally:
             self.lock.release()
 
-    def _start(self) -> None:
+    def _start(self, deadline: float) -> None:
         if self.process is None:
             self._launch()
-        if not self.from_child.poll(START_TIMEOUT_S):
+        hung = self.launched + START_TIMEOUT_S
+        if not self.from_child.poll(max(0.0, min(deadline, hung) - time.monotonic())):
+            if time.monotonic() < hung:
+                raise StillStarting(f"{self.module} is still starting")
             raise ChildDied(f"{self.module} did not start within {START_TIMEOUT_S:.0f} s")
         self.from_child.recv()
         self.is_ready = True
@@ -97,6 +121,7 @@ class Child:
     def _launch(self) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         memory = str(self.memory_bytes or 0)
+        self.launched = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"import {self.module} as m; m.main()", memory, *self.arguments],
             stdin=subprocess.PIPE,
@@ -141,6 +166,32 @@ class Child:
         if self.process is not None:
             self.process.returncode = 0  # so that nothing here waits for it or warns
         self._forget()
+
+
+class Pool:
+    """Children that do the same, for several threads: one that hangs does not hold up the others.
+
+    A request goes to a child that is free and warm. Another one is started only where all are at work and
+    none is starting, so that a single thread has a single child.
+    """
+
+    def __init__(self, size: int, *arguments: Any, **named: Any) -> None:
+        """So many children at the most; the other arguments are those of `Child`."""
+        self.children = [Child(*arguments, **named) for _ in range(size)]
+
+    def request(self, message: Any, timeout_s: float) -> Any:
+        """As `Child.request`; a wait for a free child counts against the time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            started = [child for child in self.children if child.process]
+            fresh = [child for child in self.children if not child.process]
+            may_grow = all(child.is_ready for child in started)
+            for child in sorted(started, key=lambda child: not child.is_ready) + fresh[:may_grow]:
+                if child.lock.acquire(blocking=False):
+                    return child.request_locked(message, deadline)
+            if time.monotonic() > deadline:
+                raise OutOfTime("all children were busy")
+            time.sleep(0.002)
 
 
 _children: "weakref.WeakSet[Child]" = weakref.WeakSet()

@@ -10,12 +10,15 @@ import sys
 from fractions import Fraction
 from typing import Any
 
-from rewards.processes import Child, ChildDied, OutOfTime, serve
+from rewards.processes import ChildDied, OutOfTime, Pool, serve
 
 DEADLINE_S = 2.0
 MEMORY_BYTES = 2 * 1024**3
 
-_child = Child("rewards.symbolic", MEMORY_BYTES)
+START_S = 1.5  # the start of a fresh child takes about 1 s; a call waits no longer for it
+MAX_CHILDREN = 4
+
+_pool = Pool(MAX_CHILDREN, "rewards.symbolic", MEMORY_BYTES, start_s=START_S)
 
 
 def prove_equal(left: tuple, right: tuple, timeout_s: float = DEADLINE_S) -> bool | None:
@@ -32,7 +35,7 @@ def _ask(message: Any, timeout_s: float) -> bool | None:
     if timeout_s <= 0:
         return None
     try:
-        return _child.request(message, timeout_s)
+        return _pool.request(message, timeout_s)
     except (OutOfTime, ChildDied):
         return None
 

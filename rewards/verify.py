@@ -17,7 +17,7 @@ from rewards.numeric import read_number, same_number
 from rewards.tokens import MAX_CHARS, TooBig, Unreadable, check_guards, translate
 from rewards.units import same_unit, split_unit, takes_back
 
-DEADLINE_S = 2.0
+DEADLINE_S = 2.0  # from the call on; where a fresh child has to start, up to symbolic.START_S on top
 MAX_OTHERS = 4  # different ways to write the same answer twice in one completion
 
 

@@ -193,7 +193,9 @@ def global_state():
 
 
 HOSTILE_DEADLINE_S = 0.5
-SLACK_S = 6.0  # the start of a fresh child after a kill, on a busy machine
+SLACK_S = (
+    symbolic.START_S + 1.0
+)  # the start of a fresh child after a kill, and our own work on a busy machine
 
 
 def judge_hostile(texts, golds=(verify_hostile.GOLD,)):
@@ -264,8 +266,13 @@ def judge_sample() -> bool:
 
 
 def child_pid():
-    assert is_correct(*SYMBOLIC)
-    return symbolic._child.process.pid
+    assert symbolic.prove_equal(parse(r"\sin 2x"), parse(r"2\sin x\cos x"), 60.0) is True
+    return symbolic._pool.children[0].process.pid
+
+
+@pytest.fixture
+def _one_child(monkeypatch):
+    monkeypatch.setattr(symbolic._pool, "children", symbolic._pool.children[:1])
 
 
 @pytest.mark.usefixtures("_hostile_deadline")
@@ -284,6 +291,7 @@ def test_eight_threads_judge_at_once():
     assert global_state() == before
 
 
+@pytest.mark.usefixtures("_one_child")
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_a_child_process_judges_with_a_child_of_its_own(method):
     parents = child_pid()
@@ -323,6 +331,7 @@ def test_computer_algebra_is_not_imported_by_the_judge():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.usefixtures("_one_child")
 def test_a_child_that_hangs_is_killed_and_the_next_answer_comes_from_a_new_one():
     slow = (r"\int_0^1 \sin(\sin(\sin(\sin(x^x))))\,dx", "18")
     first = child_pid()
@@ -330,16 +339,45 @@ def test_a_child_that_hangs_is_killed_and_the_next_answer_comes_from_a_new_one()
     assert symbolic.compare_latex(*slow, 0.2) is None
     assert time.monotonic() - start < 2.0
     assert symbolic.prove_equal(parse(r"\cos 2x"), parse(r"1-2\sin^2x"), 60.0) is True
-    assert symbolic._child.process.pid != first
+    assert symbolic._pool.children[0].process.pid != first
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
 
 
+@pytest.mark.usefixtures("_one_child")
 def test_a_child_that_was_killed_from_outside_is_replaced():
     os.kill(child_pid(), signal.SIGKILL)
     time.sleep(0.1)
     assert symbolic.prove_equal(parse("x"), parse("y"), 60.0) is None
     assert symbolic.prove_equal(parse(r"\cos 2x"), parse(r"1-2\sin^2x"), 60.0) is True
+
+
+def test_a_call_does_not_wait_for_a_child_that_is_slow_to_start(tmp_path, monkeypatch):
+    (tmp_path / "late.py").write_text(
+        "import time\nfrom rewards.processes import serve\ndef main():\n    time.sleep(1.5)\n    serve(str)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    child = Child("late", start_s=0.3)
+    began = time.monotonic()
+    with pytest.raises(OutOfTime):
+        child.request(18, 0.2)
+    assert time.monotonic() - began < 1.2
+    first = child.process.pid
+    assert child.request(18, 30.0) == "18"
+    assert child.process.pid == first, "it went on starting"
+    child.close()
+
+
+def test_texts_that_hang_do_not_hold_up_an_honest_one():
+    slow = (r"\int_0^1 \sin(\sin(\sin(\sin(x^x))))\,dx", "18")
+    with ThreadPoolExecutor(2) as threads:
+        hung = [threads.submit(symbolic.compare_latex, *slow, 40.0) for _ in range(2)]
+        time.sleep(0.2)
+        assert symbolic.prove_equal(parse(r"\cos 2x"), parse(r"1-2\sin^2x"), 30.0) is True
+        assert not any(call.done() for call in hung)
+        for child in symbolic._pool.children:
+            child.close()
+        assert [call.result() for call in hung] == [None, None]
 
 
 def test_the_memory_of_a_child_is_capped(tmp_path, monkeypatch):
