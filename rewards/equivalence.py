@@ -70,13 +70,14 @@ class _Comparison:
             return True
         if _all_assignments(answer) and _all_assignments(gold):
             return self.any_order(answer[1], gold[1])
-        names, gold_names = intervals.variables(answer), intervals.variables(gold)
-        if names and gold_names and names != gold_names and _is_condition(answer) and _is_condition(gold):
-            return False
-        if answer[0] == gold[0] and gold[0] in ("all", "any"):
-            verdict = self.any_order(answer[1], gold[1])
-            if verdict or len(gold_names) > 1:
-                return verdict
+        if _is_condition(answer) and _is_condition(gold):
+            names, gold_names = intervals.variables(answer), intervals.variables(gold)
+            if names and gold_names and names != gold_names:
+                return False
+            if answer[0] == gold[0] != "rel":
+                verdict = self.any_order(answer[1], gold[1])
+                if verdict or len(gold_names) > 1:
+                    return verdict
         if gold[0] == "rel" and answer[0] == "rel":
             verdict = self.same_relation(answer, gold)
             if verdict is not False:

@@ -9,7 +9,7 @@ strict judge wants them to agree.
 
 import re
 
-from prompts import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, parse_completion
+from prompts import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, parse_completion
 from rewards.units import takes_back
 
 # A completion longer than this is cut from the left before the weak places are searched; answers stand at
@@ -29,6 +29,9 @@ _PHRASE = re.compile(
     r"|\bcorrect[ \t]++(?:option|choice|letter)[ \t]++is\b",
     re.IGNORECASE | re.MULTILINE,
 )
+_LEADS = re.compile(
+    r"(?:nswer|orrect|NSWER|ORRECT)"
+)  # where there is none of these, nor a colon, is no phrase
 _OPTION_B = re.compile(r"^[ \t]*+B[ \t]*+:", re.MULTILINE)  # then "A:" is an option too, not "Answer:"
 _PHRASE_START = re.compile(r"[\s:=*_]*+")
 _LEAD_IN = re.compile(r"[A-Za-z\s*_]*+")
@@ -49,7 +52,7 @@ _FILLER = re.compile(
 _REASON = re.compile(r",?\s++(?:because|since)\s.*+", re.DOTALL)
 _THAT_IS = re.compile(r",?\s*+\bi\.e\.,?\s*+")
 # A thought under another name is a thought.
-_THOUGHT = re.compile(r"<\s*+(/?)\s*+(?:think|thinking|thoughts?|reasoning)\s*+>", re.IGNORECASE)
+_THOUGHT = re.compile(r"<\s*+(/?)\s*+(?i:think|thinking|thoughts?|reasoning)\s*+>")
 
 
 def boxed(text: str) -> list[str]:
@@ -103,8 +106,12 @@ def _phrases(text: str) -> list[str]:
 
 def _undressed(answer: str) -> str:
     """Without the words around an answer that add nothing to it."""
-    answer = _FILLER.sub("", answer.strip(), count=1) if answer[:1] != "\\" else answer
-    answer = _REASON.sub("", answer)
+    answer = answer.strip()
+    filler = _FILLER.match(answer)
+    if filler:
+        answer = answer[filler.end() :]
+    if " " in answer:
+        answer = _REASON.sub("", answer)
     return _THAT_IS.sub("=", answer) if "i.e." in answer else answer
 
 
@@ -112,9 +119,10 @@ def _innermost_claim(text: str) -> str:
     """Of a sentence inside an answer's place ("the total is 18 apples"), the part after the verb."""
     if len(text) > MAX_PHRASE_CHARS:
         return text
-    phrases = _phrases(text)
-    if phrases:
-        return phrases[-1]
+    if ":" in text or _LEADS.search(text):
+        phrases = _phrases(text)
+        if phrases:
+            return phrases[-1]
     text = _undressed(text)
     claim = _CLAIM.match(text)
     return _undressed(text[claim.end() :]) if claim and not takes_back(claim.group()) else text
@@ -131,14 +139,17 @@ def _outside_thoughts(completion: str) -> str:
     new line; nothing before a tag that closes no thought,
     as the thought around another one ends there.
     """
-    completion = _THOUGHT.sub(r"<\1think>", completion)
-    is_open, start = False, 0
+    is_open, start, are_ours = False, 0, True
     for tag in _THOUGHT.finditer(completion):
         is_close = bool(tag.group(1))
         if is_close and not is_open:
             start = tag.end()
         is_open = not is_close
-    return parse_completion(completion[start:].replace(THINK_CLOSE, THINK_CLOSE + "\n")).answer_text
+        are_ours = are_ours and tag.group() in (THINK_OPEN, THINK_CLOSE)
+    text = completion[start:]
+    if not are_ours:
+        text = _THOUGHT.sub(r"<\1think>", text)
+    return parse_completion(text.replace(THINK_CLOSE, THINK_CLOSE + "\n")).answer_text
 
 
 def candidates(completion: str, strict: bool = True) -> list[str]:

@@ -15,6 +15,7 @@ The guards of `rewards.tokens` come first. The parser's recursion and the depth 
 `enter` and `MAX_CHAIN`.
 """
 
+import re
 from fractions import Fraction
 
 from rewards.tokens import (
@@ -61,6 +62,7 @@ _ENDS_TERM = frozenset(
         "'", "\\%", "^", "_", "\\circ", *_RELATIONS,
     ]
 )  # fmt: skip
+_LETTER_DIGITS = re.compile(r"\s*+(?=[A-Fa-f]*[0-9])([0-9A-Fa-f]++)_\{?\s*+(1[1-6])\s*+\}?\s*+")
 _HALF = ("num", Fraction(1, 2), None)
 _MULTIPLY = frozenset(["*", "\\cdot", "\\times", "\\ast"])
 _DIVIDE = frozenset(["/", "\\div"])
@@ -82,6 +84,9 @@ def parse(text: str) -> Node:
     check_guards(text)
     if "," in text:
         text = join_thousands(text)
+    digits = _LETTER_DIGITS.fullmatch(text) if "_" in text else None
+    if digits:
+        return ("base", digits.group(1).upper().lstrip("0"), int(digits.group(2)))
     parser = _Parser(tokenize(text))
     tree = parser.parse_list()
     if parser.peek():
@@ -301,7 +306,7 @@ class _Parser:
                 raise Unreadable("a subscript on a number")
             return ("base", token.lstrip("0"), base[1])
         whole, point, decimals = token.partition(".")
-        if self.peek() == "\\overline" and self.tokens[self.at + 1] == "{":
+        if self.peek() == "\\bar" or (self.peek() == "\\overline" and self.tokens[self.at + 1] == "{"):
             return self.repeating(whole, decimals)
         if point:
             return ("num", Fraction(int(whole + decimals), 10 ** len(decimals)), len(decimals))
@@ -312,10 +317,15 @@ class _Parser:
 
     def repeating(self, whole: str, decimals: str) -> Node:
         r"""`0.1\overline{6}` exactly; the point may stand before the bar alone."""
-        period = self.tokens[self.at + 2]
-        if not period.isdigit() or self.tokens[self.at + 3] != "}":
+        self.take()
+        is_braced = self.peek() == "{"
+        if is_braced:
+            self.take()
+        period = self.take()
+        if not period.isdigit() or not (is_braced or len(period) == 1):
             raise Unreadable("a bar over a number")
-        self.at += 4
+        if is_braced:
+            self.expect("}")
         scale = 10 ** len(decimals)
         return (
             "num",
@@ -366,7 +376,8 @@ class _Parser:
         if inner[0] == "list":
             return ("group", opening + closing, inner[1])
         if opening == "(" and closing == ")":
-            return inner
+            is_whole = inner[0] == "num" and inner[2] is None
+            return self.number(str(inner[1])) if is_whole and self.peek() == "_" else inner
         if opening == "[" and closing == "]":
             return ("group", "[]", (inner,))
         raise Unreadable("brackets that do not match")

@@ -38,18 +38,24 @@ _DROPPED = re.compile(
 )
 _GROUPED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:(?:\{,\}|,?\\[,!],?|\\ |~| )[0-9]{3})++(?![0-9])")
 _UNION_LETTER = re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])")
+_RAISED = re.compile(r"⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]++")
+_LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+_TIMES = re.compile(r"(?<=[0-9]) [xX] (?=[0-9])")  # 3 x 6 = 18, but 3 x 6 alone may be a shape
+_LETTERS = re.compile(r"[A-Z](?:\s*,\s*[A-Z])++")
 _IN_WORD = re.compile(r"(?<=[A-Za-z] )in(?= [\[(])")
 _UNICODE = str.maketrans(
     {
         "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "π": "\\pi ", "√": "\\sqrt ",
         "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∈": "\\in ",
-        "±": "\\pm ", "°": "^\\circ ", "²": "^2", "³": "^3", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ",
-        "½": "\\frac12 ", "¼": "\\frac14 ", "¾": "\\frac34 ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}",
+        "±": "\\pm ", "°": "^\\circ ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ",
+        "½": "\\frac12 ", "¼": "\\frac14 ", "¾": "\\frac34 ", "⅓": "\\frac13 ", "⅔": "\\frac23 ",
+        "⅛": "\\frac18 ",
+        "∅": "\\emptyset ", "ℝ": "\\mathbb{R}",
         "（": "(", "）": ")", "，": ",", "′": "'",
     }
 )  # fmt: skip
 _TOKEN = re.compile(
-    r"\s+|(?P<scientific>[0-9]+(?:\.[0-9]+)?[eE][-+]?[0-9]{1,4}(?![0-9]))|(?P<number>[0-9]+(?:\{,\}[0-9]{3})+(?![0-9])|[0-9]+(?:\.(?:[0-9]+|(?=\\overline)))?|\.[0-9]+)"
+    r"\s+|(?P<scientific>[0-9]+(?:\.[0-9]+)?[eE][-+]?[0-9]{1,4}(?![0-9]))|(?P<number>[0-9]+(?:\{,\}[0-9]{3})+(?![0-9])|[0-9]+(?:\.(?:[0-9]+|(?=\\(?:overline|bar))))?|\.[0-9]+)"
     r"|\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname|mathbb|mathcal)\*?\s*\{(?P<text>[^{}\\]*)\}"
     r"|(?P<env>\\(?:begin|end)\s*\{[a-zA-Z]+\*?\}(?:\{[lcr|]*\})?)"
     r"|(?P<token>\\\\|\\[A-Za-z]+|\\[{}|%$]|<=|>=|!=|==|\*\*|[-+*/^_=<>(){}\[\],;:!|%&'])"
@@ -84,7 +90,13 @@ def check_guards(text: str) -> None:
 def translate(text: str) -> str:
     """The usual Unicode signs of maths as LaTeX, spacing commands dropped."""
     if not text.isascii():
-        text = text.translate(_UNICODE)
+        text = _RAISED.sub(lambda match: f"^{{{match.group().translate(_LOWERED)}}}", text).translate(
+            _UNICODE
+        )
+    if "+/-" in text:
+        text = text.replace("+/-", "\\pm ")
+    if "=" in text:
+        text = _TIMES.sub("*", text)
     if "\\" in text or "~" in text or "$" in text:
         text = _GROUPED.sub(lambda match: re.sub("[^0-9]", "", match.group()), text)
         text = _DROPPED.sub(" ", text)
@@ -157,6 +169,8 @@ def _split_text(command: str, words: str) -> list[str]:
     lowered = words.lower()
     if lowered in ("or", "and"):
         return [lowered]
+    if _LETTERS.fullmatch(words):
+        return list("".join(words.split()))
     if command.startswith("\\operatorname") and words in _WORDS:
         return [_WORDS[words]]
     return ['"' + words]
