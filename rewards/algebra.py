@@ -17,6 +17,7 @@ Source: linear independence of roots over the rationals: Besicovitch 1940.
 import math
 from fractions import Fraction
 
+from rewards import primes
 from rewards.latex import Node
 from rewards.tokens import TooBig
 
@@ -28,7 +29,6 @@ Value = tuple[Polynomial, Polynomial | None]
 MAX_BITS = 4096
 MAX_TERMS = 300
 MAX_POWER = 24
-MAX_FACTOR = 10**10
 MAX_WORK = 60_000  # products of terms and trial divisions in one computation: some tenths of a second
 
 ONE: Polynomial = {(): 1}
@@ -138,22 +138,6 @@ def _sorted_terms(polynomial: Polynomial) -> tuple:
     return tuple(sorted(polynomial.items(), key=repr))
 
 
-def factorize(number: int) -> dict[int, int]:
-    """Prime factors with their powers, by trial division; numbers above the limit are refused."""
-    if number > MAX_FACTOR:
-        raise TooBig("a number under a root")
-    factors: dict[int, int] = {}
-    prime = 2
-    while prime * prime <= number:
-        while number % prime == 0:
-            factors[prime] = factors.get(prime, 0) + 1
-            number //= prime
-        prime += 1 if prime == 2 else 2
-    if number > 1:
-        factors[number] = factors.get(number, 0) + 1
-    return factors
-
-
 # Sines of multiples of pi / 12 that have short exact forms, by numerator: (square under the root, sign is +,
 # divisor).
 _SINES = {0: (0, 1), 2: (1, 2), 3: (2, 2), 4: (3, 2), 6: (4, 2)}  # sin(k pi / 12) = sqrt(a) / b
@@ -187,13 +171,8 @@ class Algebra:
             raise TooBig("the work")
 
     def prime_powers(self, value: Number) -> dict[int, int]:
-        """A positive rational as a product of prime powers."""
-        largest = min(max(value.numerator, value.denominator), MAX_FACTOR)
-        self.spend(math.isqrt(largest) // 16)
-        factors = factorize(value.numerator)
-        for prime, power in factorize(value.denominator).items():
-            factors[prime] = factors.get(prime, 0) - power
-        return factors
+        self.spend(primes.trials(value))
+        return primes.powers(value)
 
     # Values
 
@@ -381,8 +360,8 @@ class Algebra:
             turned = self.root_of_minus_one(exponent)
             result = self.times_polynomials(result, turned)
         if coefficient != 1:
-            primes = {f"#{p}": k * exponent for p, k in self.prime_powers(coefficient).items()}
-            result = self.times_polynomials(result, self.monomial(primes, 1))
+            roots = {f"#{p}": k * exponent for p, k in self.prime_powers(coefficient).items()}
+            result = self.times_polynomials(result, self.monomial(roots, 1))
         return result, None
 
     def root_of_minus_one(self, exponent: Fraction) -> Polynomial:

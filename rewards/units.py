@@ -52,13 +52,14 @@ _OTHER_WORDS = {
         smaller larger lower higher below above under beyond within between until to then versus vs up most
         least max maximum minimum""",
     "verdicts": """wrong incorrect false mistake mistaken invalid error erroneous inaccurate inexact untrue
-        bogus nonsense""",
+        bogus nonsense fake disproven""",
     "verbs": """is are was were be equal equals""",
     "maths": """i e pi sqrt sin cos tan cot csc log ln exp gcd lcm theta alpha beta infinity infty inf""",
 }
 _NUMERALS = frozenset(_NUMERAL_WORDS.split())
 _NOT_UNITS = frozenset(word for words in _OTHER_WORDS.values() for word in words.split())
 _CHANGES = re.compile(r".*(?:teen|teenth|ly|illion|illionth|ieth|fold)")
+_NO_NOUN = re.compile(r".*(?:ed|able|ible|ous)")  # halved, denied, questionable: not what is counted
 _LINKS = frozenset(["of", "per", "a", "an", "the", "in", "on", "each", "at"])
 _WORD = re.compile(r"[a-z]+")
 _VOWEL = re.compile(r"[aeiou]")
@@ -127,6 +128,8 @@ def _read_words(text: str, is_marked: bool, is_touching: bool, is_money: bool) -
     elif len(words) == 2 and first in _KNOWN and words[1] in ("squared", "cubed"):
         power, words = _POWERS[words[1]], words[:1]
     if words[-1].lower() in _LINKS and words[-1] not in _KNOWN:
+        return None
+    if words[-1] not in _KNOWN and _NO_NOUN.fullmatch(words[-1].lower()):
         return None
     if not all(_may_stand(word, is_marked, at > 0) for at, word in enumerate(words)):
         return None

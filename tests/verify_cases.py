@@ -69,7 +69,8 @@ EQUAL = {
         ("70 mph", "70 miles per hour"), ("5 pounds", "5 lbs"), ("16 ounces", "16 oz"), ("10 a.m.", "10 am"),
         ("$18/hour", "18"), (r"\$18\text{ per hour}", "$18"), (r"\$1.6\text{ million}", "1600000"),
         ("60km/h", "60"), ("9.8 m/s^2", r"9.8\text{ m/s}^2"), ("5 meters squared", r"5\text{ m}^2"),
-        ("18 apples left", "18"), (r"6\text{ m}", "6"), (r"2\pi r\text{ cm}", r"2\pi r"), ("5cm^2", "5"),
+        ("18 apples left", "18"), ("18 red marbles", "18"), ("18 seeds", "18"),
+        (r"6\text{ m}", "6"), (r"2\pi r\text{ cm}", r"2\pi r"), ("5cm^2", "5"),
         (r"\pi r^2 square units", r"\pi r^2"), ("x = 5 cm", "x=5"), ("18 sq. ft.", "18 square feet"),
         ("5 million dollars", r"\$5 million"), ("5xzy", "5xyz"), ("4bca", "4abc"), ("2/3xyz", r"\frac23xyz"),
     ],
@@ -296,6 +297,7 @@ UNEQUAL = {
             *["negative", "dozen", "squared", "factorial", "lakh", "incorrect", "unlikely", "nineteen"],
             *["possibly nineteen", "below zero", "apples or so", "apples at most", "minus", "times two"],
             *["more", "eighths", "quarters", "fold", "isn't it", "but no", "wrong apples", "apples not"],
+            *["halved", "doubled", "denied", "questionable", "fake"],
         )
     ] + [
         (r"\frac{36}{2}\text{ negative}", "18"), (r"\sqrt{324}\text{ incorrect}", "18"), ("5 km/h", "5 m/s"),
