@@ -85,7 +85,7 @@ _CHOICE = re.compile(
     r"(?:\\(?:text|textbf|mathrm|mathbf)\s*+\{)?\s*+\(?\s*+([A-Z])\s*+\)?\s*+\}?(?:[.):]\s*+(.*+))?",
     re.DOTALL,
 )
-_OPTION = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])")
+_OPTION = re.compile(r"(?<![A-Za-z\\])(?!A [a-z])[A-Z](?![A-Za-z])")  # not the article of "B) A dog"
 # What our parser leaves to Math-Verify, and what that misreads: it drops dots and takes \frac172 for 1/72.
 _BEYOND = re.compile(r"\\(?:sum|prod|lim|i{0,3}nt|oint)(?![A-Za-z])")
 _MISREAD = re.compile(r"\\[lcdv]?dots|\.\.|…|frac\s*+(?:\{[^{}]*+\}|[0-9])\s*+[0-9]\s*+[0-9]")

@@ -212,7 +212,7 @@ EQUAL = {
         ("Evelyn", r"\text{Evelyn}"),
     ],
     "choices": [
-        ("C", "C"), ("(C)", "C"), (r"\text{(C)}", "C"), ("C.", "C"), ("C) 15", "C"),
+        ("C", "C"), ("(C)", "C"), (r"\text{(C)}", "C"), ("C.", "C"), ("C) 15", "C"), ("B) A dog", "B"),
         (r"\textbf{(C)}", "(C)"), ("(C) 15", "C"),
         (r"\text{C}", "(C)"), ("C: 15", "C"), (r"\mathrm{(C)}", r"\text{(C)}"),
     ],
@@ -420,6 +420,7 @@ UNEQUAL_ONE_WAY = {
     "hedged choices": [
         ("B) or C)", "B"), ("B. or C.", "B"), ("B: no, C", "B"), ("(B) (C)", "B"), ("(B),(C)", "B"),
         ("A) B) C) D)", "A"), ("B. maybe", "B"), ("B: wrong", "B"), ("B) 15 (C) 16", "B"), ("B) not 15", "B"),
+        ("B) A or so", "B"),
     ],
     "rounded answers": [
         ("3.14", r"\pi"), ("0.33", r"\frac13"), ("0.67", "2/3"), ("1.41", r"\sqrt2"), ("3.146", "3.14"),
