@@ -25,6 +25,8 @@ from rewards.verify import Verdict, judge
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
+# What every function is given, whatever the data.
+GIVEN = ("completions", "prompts", "questions", "completion_ids", "gold", "correct", "group_size")
 # The columns that a verdict is made from.
 JUDGED = ("gold", "numbers", "target")
 DEFAULT_REWARDS = {"correct": 1.0, "format": 0.1, "repetition": -0.1}
@@ -43,6 +45,8 @@ BUILT_IN: dict[str, RewardFunction] = {
     "soft_overlong": shaping.soft_overlong,
     "lead": shaping.lead,
 }
+# The least that options of built-in rewards may be.
+COUNTS = {"wanted": 1, "n": 1, "target": 1, "budget": 1, "cache": 1, "min_length": 0}
 _OPTIONS = re.compile(r"(.+?)\(([^()]*)\)")
 _ALLOWED = (
     f"one of {', '.join(BUILT_IN)}; or file.py:function, model:NAME (a reward model), "
@@ -137,7 +141,7 @@ def parse_rewards(spec: Mapping[str, float] | None = None) -> RewardSet:
 
 
 def _parse_reward(name: str, weight: float) -> Reward:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+    if not _is_finite(weight) or isinstance(weight, bool):
         raise ValueError(f"rewards: the weight of {name!r} must be a finite number, got {weight!r}")
     match = _OPTIONS.fullmatch(name)
     base, options = (match.group(1), _parse_options(name, match.group(2))) if match else (name, {})
@@ -156,7 +160,23 @@ def _parse_reward(name: str, weight: float) -> Reward:
     else:
         raise ValueError(f"rewards: unknown reward {name!r}; allowed: {_ALLOWED}")
     check_options(name, function, options)
+    if base in BUILT_IN:
+        _check_numbers(name, options)
     return Reward(name, float(weight), function, options)
+
+
+def _check_numbers(name: str, options: dict[str, Any]) -> None:
+    """The options of built-in rewards that count something count at least one."""
+    for key, value in options.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in COUNTS and (not isinstance(value, int) or not is_number or value < COUNTS[key]):
+            raise ValueError(
+                f"rewards: {key} of {name!r} must be a whole number >= {COUNTS[key]}, got {value!r}"
+            )
+        if key == "alpha" and not (is_number and 0 <= value < math.inf):
+            raise ValueError(f"rewards: alpha of {name!r} must be a number >= 0, got {value!r}")
+        if key == "only_correct" and not isinstance(value, bool):
+            raise ValueError(f"rewards: only_correct of {name!r} must be true or false, got {value!r}")
 
 
 def _parse_options(name: str, text: str) -> dict[str, Any]:
@@ -170,8 +190,8 @@ def _parse_options(name: str, text: str) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
     for read in (int, float):
         try:
             return read(text)
@@ -194,6 +214,8 @@ def check_options(name: str, function: Callable, options: dict[str, Any]) -> Non
             raise ValueError(
                 f"rewards: {name!r} has no option {key!r}; allowed: {', '.join(allowed) or 'none'}"
             )
+        if key in GIVEN:
+            raise ValueError(f"rewards: {key!r} is given to {name!r} for each completion and is no option")
 
 
 def _load_function(path_and_name: str) -> RewardFunction:
@@ -209,7 +231,11 @@ def _load_function(path_and_name: str) -> RewardFunction:
         raise ValueError(f"rewards: {path} is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - a user's file may raise anything
+        message = f"rewards: {path} could not be run: {type(error).__name__}: {error}"
+        raise ValueError(f"{message}; mend it, or install what it imports") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")]
@@ -295,9 +321,10 @@ def call_reward(reward: Reward, completions: list[str], columns: Mapping[str, An
     """
     if reward.function is None:
         raise RewardError(f"reward {reward.name!r} was never given its function (see RewardSet.slots)")
-    arguments = _arguments(reward, columns)
+    # Copies: a function that changes its arguments changes nothing for the next.
+    arguments = {k: list(v) if isinstance(v, list) else v for k, v in _arguments(reward, columns).items()}
     try:
-        values = reward.function(completions=completions, **arguments)
+        values = reward.function(completions=list(completions), **arguments)
         if inspect.isawaitable(values):  # as TRL has them too
             values = asyncio.run(_wait(values))
     except RewardError:
@@ -306,7 +333,8 @@ def call_reward(reward: Reward, completions: list[str], columns: Mapping[str, An
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}, line {where.lineno}"
         raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error} ({place})"
+            f"reward {reward.name!r} raised {type(error).__name__}: {error} ({place}) on "
+            f"{_quote(completions)}"
         ) from error
     return _checked(reward.name, values, completions)
 
@@ -343,7 +371,8 @@ def _checked(name: str, values: Any, completions: list[str]) -> list[float | Non
     if not isinstance(values, list | tuple) or len(values) != len(completions):
         got = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)[:80]
         raise RewardError(
-            f"reward {name!r} must return a list of {len(completions)} numbers or None, got {got}"
+            f"reward {name!r} must return a list of {len(completions)} numbers or None, got {got} for "
+            f"{_quote(completions)}"
         )
     return [_checked_value(name, i, value, completions) for i, value in enumerate(values)]
 
@@ -351,11 +380,25 @@ def _checked(name: str, values: Any, completions: list[str]) -> list[float | Non
 def _checked_value(name: str, index: int, value: Any, completions: list[str]) -> float | None:
     if value is None:
         return None
-    if hasattr(value, "item"):  # a NumPy or tensor scalar
+    if getattr(value, "ndim", None) == 0:  # a NumPy or tensor scalar
         value = value.item()
-    if not isinstance(value, bool | int | float) or not math.isfinite(value):
+    if not _is_finite(value):
         raise RewardError(
-            f"reward {name!r} returned {value!r} for sample {index}; allowed: a finite number or None. "
-            f"The completion: {completions[index][:200]!r}"
+            f"reward {name!r} returned {repr(value)[:80]} for sample {index}; allowed: a finite number or "
+            f"None. The completion: {completions[index][:200]!r}"
         )
     return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    """A number that a float can hold."""
+    try:
+        return isinstance(value, bool | int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _quote(completions: list[str]) -> str:
+    """The completions of a call, as far as a message has room for them."""
+    first = f"{completions[0][:200]!r}" if completions else "nothing"
+    return f"{len(completions)} completions, the first: {first}" if len(completions) > 1 else first

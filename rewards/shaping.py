@@ -23,15 +23,17 @@ from prompts import (
 )
 from rewards.extraction import candidates
 from rewards.latex import Node, parse
+from rewards.verify import clean
 
 _STEP = re.compile(
-    r"^[ \t]*+(?:[-*#]+ *)?(?:\*\*)?(?:step[ \t]*+)?\d{1,3}[.):]", re.IGNORECASE | re.MULTILINE
+    r"^[ \t]*+(?:[-*#]+ *)?(?:\*\*)?(?:step[ \t]*+)?\d{1,3}[.):](?!\d)", re.IGNORECASE | re.MULTILINE
 )
 _VERIFICATION = re.compile(
     r"\b(?:let(?:'s| me| us) (?:verify|check|double[- ]check|confirm|re-?check)|(?:to|i(?:'ll| will| should))"
     r" (?:verify|double[- ]check|check (?:this|that|the|my))|wait,|substitut\w+ back|plugging \w+ back)",
     re.IGNORECASE,
 )
+_TIMES = re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(])")
 _WORD = re.compile(r"\w{1,12}|[^\w\s]")
 
 
@@ -43,23 +45,32 @@ def correct(completions: list[str], gold: list[str | None], correct: list[bool |
 def countdown(completions: list[str], numbers: list[list[int]], target: list[int]) -> list[float]:
     """1 where the answer is an expression with the target's value that uses every number exactly once.
 
-    Read by our own parser: plus, minus, times, divided by and brackets, nothing else. `(8-2)*4 = 24` may
-    name its value.
+    Read by our own parser: plus, minus, times, divided by and brackets, nothing else. `(8-2)*4 = 24` and
+    `24 = (8-2)*4` may name its value.
+
+    Raises:
+        ValueError: numbers or target of the data are no whole numbers.
     """
     rows = zip(completions, numbers, target, strict=True)
-    return [float(_solves_countdown(text, given, goal)) for text, given, goal in rows]
+    return [
+        float(_solves_countdown(text, sorted(int(n) for n in given), int(goal))) for text, given, goal in rows
+    ]
 
 
-def _solves_countdown(text: str, given: Sequence[int], goal: int) -> bool:
-    answers = {answer.strip() for answer in candidates(text)}
+def _solves_countdown(text: str, given: list[int], goal: int) -> bool:
+    answers = {clean(answer.replace("`", "")) for answer in candidates(text)}
     if len(answers) != 1:
         return False
     try:
-        tree = parse(answers.pop().strip("$. "))
+        tree = parse(_TIMES.sub("*", answers.pop()))
         sides = tree[2] if tree[0] == "rel" and set(tree[1]) == {"="} else (tree,)
-        if sorted(_numbers_used(sides[0])) != sorted(given):
-            return False
-        return _arithmetic(sides[0]) == goal and all(side == ("num", goal, None) for side in sides[1:])
+        expression = max(sides, key=lambda side: side[0] != "num")
+        named = [side for side in sides if side is not expression]
+        return (
+            sorted(_numbers_used(expression)) == given
+            and _arithmetic(expression) == goal
+            and all(side[0] == "num" and side[1] == goal for side in named)
+        )
     except (ValueError, ZeroDivisionError):
         return False
 

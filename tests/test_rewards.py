@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,17 @@ def infinite(completions, **kwargs):
 def number(completions, **kwargs):
     return 1.0
 
+def huge(completions, **kwargs):
+    return [1.0, 10**400]
+
+def vectors(completions, **kwargs):
+    import numpy
+    return [1.0, numpy.array([1.0, 2.0])]
+
+def longer(completions, **kwargs):
+    completions.append("mine")
+    return [1.0] * len(completions)
+
 def needs_more(completions, topic, difficulty):
     return [0.0] * len(completions)
 
@@ -77,6 +89,7 @@ def die(completions, **kwargs):
 def functions(tmp_path_factory):
     path = tmp_path_factory.mktemp("rewards") / "my_rewards.py"
     path.write_text(FUNCTIONS)
+    path.with_name("broken.py").write_text("import no_such_thing")
     return str(path)
 
 
@@ -135,14 +148,21 @@ def test_options_in_brackets_are_fixed_arguments(functions):
         ("length_penalty(budget)", r"written \(key=value"),
         ("judge:nowhere", "address"),
         ("model:", "unknown reward|no file"),
+        ("{file}:reward_len(gold=3)", "'gold' is given to .* is no option"),
+        ("repetition(n=0)", "n of 'repetition.*whole number >= 1, got 0"),
+        ("length_penalty(budget=-5)", "budget of .*whole number >= 1, got -5"),
+        ("length_penalty(only_correct=yes)", "only_correct of .*true or false, got 'yes'"),
+        ("steps(wanted=1.5)", "wanted of .*whole number >= 1, got 1.5"),
+        ("lead(alpha=none)", "alpha of .*number >= 0, got None"),
+        ("{folder}/broken.py:f", "broken.py could not be run: ModuleNotFoundError: .*no_such_thing"),
     ],
 )
 def test_an_unknown_reward_names_what_is_allowed(functions, name, message):
     with pytest.raises(ValueError, match=message):
-        parse_rewards({name.format(file=functions): 1.0})
+        parse_rewards({name.format(file=functions, folder=Path(functions).parent): 1.0})
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", True, None])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 10**400, "1", True, None])
 def test_a_weight_is_a_finite_number(weight):
     with pytest.raises(ValueError, match="finite number"):
         parse_rewards({"correct": weight})
@@ -154,8 +174,11 @@ def test_no_reward_at_all_is_refused():
 
 
 BROKEN = [
-    ("boom", "raised KeyError: 'no such thing'"),
-    ("short", "list of 2 numbers or None, got 1 values"),
+    ("boom", r"raised KeyError: 'no such thing' \(my_rewards.py, line \d+\) on 2 completions, .*Two and two"),
+    ("short", "list of 2 numbers or None, got 1 values for 2 completions, the first: .*Two and two"),
+    ("huge", "returned 10000.* for sample 1"),
+    ("vectors", r"returned array\(\[1., 2.\]\) for sample 1"),
+    ("longer", "list of 2 numbers or None, got 3 values"),
     ("words", "returned 'good' for sample 0"),
     ("nan", "returned nan for sample 1"),
     ("infinite", "returned inf for sample 0"),

@@ -50,7 +50,8 @@ def test_correct_is_zero_for_undecided_and_none_without_gold():
 
 
 def test_steps_and_verification_are_read_from_the_thought_alone():
-    text = format_completion("1. add\n2) carry\nStep 3: done\nLet me check: yes.", "1. 2. 3.")
+    text = "1. add\n2) carry\nStep 3: done\n1.5 apples\n2:30 pm\nLet me check: yes."
+    text = format_completion(text, "1. 2. 3.")
     assert shaping.steps([text], wanted=6) == [0.5]
     assert shaping.steps([text, GOOD]) == [1, 0]
     assert shaping.verification([text, GOOD, format_completion("x", "let me check")]) == [1, 0, 0]
@@ -115,6 +116,16 @@ def test_lead_looks_at_each_group_alone_and_at_a_lone_correct_answer_without_spr
         ("8 ÷ 2 + 4", [8, 2, 4], 8, 1),
         (r"\frac{8}{2}-4", [8, 2, 4], 0, 1),
         ("3/4*8", [3, 4, 8], 6, 1),
+        (r"\(8-2-4\)", [8, 2, 4], 2, 1),
+        ("**8-2-4**", [8, 2, 4], 2, 1),
+        ("`8-2-4`", [8, 2, 4], 2, 1),
+        ("8 x (4-2)", [8, 2, 4], 16, 1),
+        ("8x4-2 = 30.0", [8, 2, 4], 30, 1),
+        ("30 = 8*4-2", [8, 2, 4], 30, 1),
+        ("8*4-2", ["8", "2", "4"], "30", 1),
+        ("8", [8], 8, 1),
+        ("8-2-4 = 8-2-4", [8, 2, 4], 2, 0),
+        ("3 = 8-2-4 = 2", [8, 2, 4], 2, 0),
         ("8*(4-2)+0", [8, 2, 4], 16, 0),
         ("8+4", [8, 2, 4], 12, 0),
         ("8+8+2+4", [8, 2, 4], 22, 0),
@@ -138,3 +149,8 @@ def test_countdown_wants_every_number_once_and_the_target(answer, numbers, targe
 def test_countdown_does_not_pay_for_two_answers():
     text = r"\boxed{8-2+4} \boxed{(8-2)*4}"
     assert shaping.countdown([text], [[8, 2, 4]], [24]) == [0]
+
+
+def test_countdown_data_that_are_no_numbers_are_a_mistake():
+    with pytest.raises(ValueError, match="two"):
+        shaping.countdown([format_completion("hm", "8-2")], [[8, "two"]], [6])
