@@ -67,7 +67,9 @@ def credit(batch: RolloutBatch, config: Any, accelerator: Accelerator, kl_coef: 
         )
         if config.difficulty == "logistic":
             correct = torch.tensor([bool(verdict) for g in batch.groups for verdict in g.scores.correct])
-            of_rows = of_rows * difficulty_weight(of_rows, correct, config.group_size)
+            judged = torch.tensor([g.is_judged for g in batch.groups for _ in g.texts])
+            weight = difficulty_weight(of_rows, correct, config.group_size)
+            of_rows = of_rows * torch.where(judged, weight, 1)  # nobody knows how hard the others are
         advantages = of_rows[:, None] * mask
     batch.advantages = advantages
 

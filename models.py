@@ -181,16 +181,20 @@ def add_adapter(model: nn.Module, rank: int, seed: int) -> nn.Module:
     """Freeze a model and put a LoRA adapter on every linear layer (arXiv 2106.09685), scaled by 1.
 
     Args:
-        model: from `load_model`; one that has an adapter already is returned as it is.
+        model: from `load_model`; one that has an adapter of this rank already is returned as it is.
         rank: of the adapter; what it adds is zero at first.
         seed: of its weights; the global random state is left as it was.
 
     Raises:
-        ValueError: the weights came from nowhere, and nobody could load them again.
+        ValueError: the weights came from nowhere, and nobody could load them again; or the model has an
+            adapter of another rank.
     """
     from peft import LoraConfig, PeftModel, get_peft_model  # seconds, for those who need it
 
     if isinstance(model, PeftModel):
+        has = model.peft_config[model.active_adapter].r
+        if has != rank:
+            raise ValueError(f"lora_rank must be {has}, the rank of the adapter that goes on, got {rank}")
         return model
     if not model.name_or_path:
         raise ValueError("lora_rank needs a model folder or a Hub name, not fresh weights; give --model")

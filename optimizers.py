@@ -34,12 +34,15 @@ def make_optimizer(
         critic_learning_rate: of everything in `policy.critic`, by AdamW; needed where there is one.
     """
     named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-    critic = [p for name, p in named if name.startswith("critic.")]
+    critic = [(name, p) for name, p in named if name.startswith("critic.")]
     trained = [(name, p) for name, p in named if not name.startswith("critic.")]
     matrices = [p for _, p in trained if p.ndim >= 2]
     apart = [{"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0}]
     if critic:
-        apart.append({"params": critic, "weight_decay": 0.0, "lr": critic_learning_rate})
+        trunk = [p for name, p in critic if p.ndim >= 2 and name.startswith("critic.trunk.")]
+        rest = [p for name, p in critic if p.ndim < 2 or not name.startswith("critic.trunk.")]
+        apart.append({"params": trunk, "lr": critic_learning_rate})
+        apart.append({"params": rest, "weight_decay": 0.0, "lr": critic_learning_rate})
     settings = {"lr": learning_rate, "betas": BETAS, "weight_decay": weight_decay, "fused": True}
     if name == "adamw":
         return AdamW([{"params": matrices}, *apart], **settings)

@@ -39,11 +39,15 @@ class Group:
     scores: Scores
 
     @property
+    def is_judged(self) -> bool:
+        """The problem has an answer to be right or wrong by."""
+        verdicts = zip(self.scores.correct, self.scores.undecided, strict=True)
+        return any(correct is not None or undecided for correct, undecided in verdicts)
+
+    @property
     def is_informative(self) -> bool:
         """Some are right and some wrong; where nothing is judged, some earn more than others."""
-        right = [bool(correct) for correct in self.scores.correct]
-        judged = any(correct is not None for correct in self.scores.correct)
-        values = right if judged else self.scores.total
+        values = [bool(correct) for correct in self.scores.correct] if self.is_judged else self.scores.total
         return max(values) != min(values)
 
     @property

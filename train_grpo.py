@@ -108,7 +108,6 @@ FULL_SAMPLING = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 CRITIC: dict[str, Any] = {
     "critic": "shared",
     "critic_warmup_steps": 0,
-    "critic_learning_rate": 1e-3,
     "value_coef": 0.5,
     "value_clip": 0.2,
     "gamma": 1.0,
@@ -188,7 +187,7 @@ class GRPOConfig(TrainingConfig):
     critic_warmup_steps: int | None = None
     """Steps at first in which the critic alone learns."""
     critic_learning_rate: float | None = None
-    """The critic's highest."""
+    """The critic's highest: by default 1e-3 for a shared one's head, and learning_rate for a separate one."""
     value_coef: float | None = None
     """Weight of the critic's loss."""
     value_clip: float | None = None
@@ -218,7 +217,12 @@ class GRPOConfig(TrainingConfig):
     def __post_init__(self) -> None:
         """Fill the preset in, then refuse what cannot train."""
         has_critic = (self.baseline or PRESETS[self.algo]["baseline"]) == "critic"
-        for knob, value in {**PRESETS[self.algo], **(CRITIC if has_critic else {})}.items():
+        defaults = PRESETS[self.algo] | (CRITIC if has_critic else {})
+        if has_critic:
+            # A head of one output, zero at first, moves as fast as it likes; a second model as the policy.
+            is_head = self.critic in (None, "shared")
+            defaults["critic_learning_rate"] = 1e-3 if is_head else self.learning_rate
+        for knob, value in defaults.items():
             if getattr(self, knob) is None:
                 object.__setattr__(self, knob, value)
         super().__post_init__()
@@ -243,6 +247,7 @@ def refuse_mixes(config: GRPOConfig) -> None:
     baseline, size = config.baseline, config.group_size
     has_critic = baseline == "critic"
     compares = config.length_alpha or config.difficulty != "none" or config.dynamic_sampling
+    named = {name.partition("(")[0] for name in config.rewards}
     mixes = [
         (
             size < 2 and not has_critic,
@@ -269,22 +274,28 @@ def refuse_mixes(config: GRPOConfig) -> None:
             f'ratio_level="sequence" needs weighting="sequence", got weighting={config.weighting!r}: '
             "a completion that has one ratio counts as one",
         ),
-    ]
-    mixes.append(
         (
             config.ref_sync_steps and config.lora_rank,
             "ref_sync_steps does not go with lora_rank: the reference is the model without its adapter, and "
             "stays what it is; give --ref_sync_steps 0",
-        )
-    )
-    mixes.append(
+        ),
         (
             config.surrogate == "cispo" and config.clip_high < 1,
             f"clip_high={config.clip_high} with surrogate='cispo' would cap every ratio below 1: it is an "
             "absolute cap there; give --clip_high 5",
-        )
-    )
-    for knob in CRITIC:
+        ),
+        (
+            config.overlong == "soft" and "soft_overlong" in named,
+            "overlong='soft' adds the punishment that the reward soft_overlong is; give --overlong none, or "
+            "leave the reward out",
+        ),
+        (
+            (config.length_alpha or config.wrong_reward) and "lead" in named,
+            "length_alpha and wrong_reward add up to what the reward lead is; give --length_alpha 0 "
+            "--wrong_reward 0, or the reward correct in its place",
+        ),
+    ]
+    for knob in (*CRITIC, "critic_learning_rate"):
         unread = not has_critic and getattr(config, knob) is not None
         mixes.append((unread, f"{knob} needs a critic, not baseline={baseline!r}; give --baseline critic"))
     for knob in ("kl_target", "ref_sync_steps"):

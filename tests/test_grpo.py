@@ -155,6 +155,21 @@ def test_dynamic_sampling_takes_groups_that_are_neither_all_right_nor_all_wrong(
     assert [g.number for g in choose_groups(groups, 3, off)] == [0, 1, 2]
 
 
+def test_difficulty_is_known_only_where_answers_are_judged(policy, accelerator):
+    rewards = [1.0, 0.0, 0.0, 0.0]
+    groups = [group(0, rewards), group(1, rewards, correct=[True, False, False, False])]
+    plain = make_batch(policy, accelerator, config(), groups).advantages
+    weighed = make_batch(policy, accelerator, config(difficulty="logistic"), groups).advantages
+    assert torch.equal(weighed[:4], plain[:4])
+    assert weighed[4, 0] > 1.4 * plain[4, 0] > 0
+
+
+def test_a_separate_critic_learns_at_the_policys_rate_and_a_head_at_its_own():
+    assert GRPOConfig(algo="ppo").critic_learning_rate == 1e-3
+    assert GRPOConfig(algo="ppo", critic="separate", learning_rate=1e-6).critic_learning_rate == 1e-6
+    assert GRPOConfig(algo="ppo", critic="separate", critic_learning_rate=0.5).critic_learning_rate == 0.5
+
+
 def test_overlong_completions_are_punished_or_left_out(policy, accelerator):
     rewards, lengths = [1.0, 0.0, 1.0, 0.0], [LIMIT, 4, 4, 4]
     groups = [group(0, rewards, lengths=lengths)]

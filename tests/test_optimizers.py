@@ -60,6 +60,10 @@ def test_a_critic_has_a_learning_rate_of_its_own(tiny, name, kind):
     assert len(rates) == len(list(policy.parameters()))
     for parameter_name, parameter in policy.named_parameters():
         assert (rates[id(parameter)] == 0.5) == parameter_name.startswith("critic.")
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for parameter_name, parameter in policy.critic.named_parameters():
+        is_matrix_inside = parameter.ndim >= 2 and parameter_name.startswith("trunk.")
+        assert decays[id(parameter)] == (0.1 if is_matrix_inside else 0.0)
 
 
 class Toy(nn.Module):

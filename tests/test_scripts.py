@@ -19,7 +19,7 @@ import models as models_module
 import runs.folder
 from evaluate import EvaluateConfig
 from evaluate import main as evaluate
-from models import load_reward_model, save_model
+from models import add_adapter, load_reward_model, save_model
 from runs.config import UserError, parse_config, run_script
 from train_grpo import GRPOConfig
 from train_grpo import main as train_grpo
@@ -303,6 +303,8 @@ def test_a_lora_policy_is_its_own_reference_and_is_saved_as_an_adapter(random_qw
             assert torch.equal(held, weight)
     ids = torch.tensor([[1, 2, 3]])
     assert not torch.allclose(base(ids).logits, tuned(ids).logits)
+    with pytest.raises(ValueError, match="lora_rank must be 4, the rank of the adapter"):
+        add_adapter(tuned, 8, seed=0)
     # Going on from the adapter, the reference is what the run begins with: the adapter included.
     again = metrics_of(tmp_path, "again", **changes | {"model": str(tmp_path / "run" / "final")})
     assert len(loaded) == 3
@@ -498,6 +500,8 @@ def exit_of(config_class, train, argv, capsys):
         (["--model", "tiny", "--lora_rank", "4"], ["lora_rank", "--model"]),
         (["--lora_rank", "4", "--ref_sync_steps", "5"], ["lora_rank", "ref_sync_steps"]),
         (["--surrogate", "cispo"], ["clip_high=0.2", "surrogate", "--clip_high 5"]),
+        (["--overlong", "soft", "--rewards", "{soft_overlong(cache=5): 1.0}"], ["soft_overlong", "overlong"]),
+        (["--algo", "grpo_lead", "--rewards", "{lead: 1.0}"], ["lead", "--length_alpha 0"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_path):
