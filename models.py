@@ -424,7 +424,13 @@ class Policy(nn.Module):
         if self.has_plain_head:
             states = self.model.get_decoder()(**inputs).last_hidden_state
             head = self.model.get_output_embeddings().weight
-            logprobs, entropy = token_logprobs(states[:, before], head, targets, temperature)
+            # The head reads the states that predict a completion's token, and no padding.
+            figures = token_logprobs(
+                states[:, before][completion_mask], head, targets[completion_mask], temperature
+            )
+            logprobs, entropy = (
+                values.new_zeros(targets.shape).masked_scatter(completion_mask, values) for values in figures
+            )
         else:
             # All logits at once, `[B, T, V]`: more memory, but whatever the library does to them is in them.
             keeps_states = self.critic is not None

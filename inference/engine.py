@@ -1,27 +1,34 @@
 """The rollout and serving engine: groups of completions from any Hugging Face causal language model.
 
-A prompt is computed once, its cache rows are then repeated for the group; a completion that ends leaves the
-batch at once. The weights are the trainer's own module, so the policy that samples is always the policy that
-learns.
+A prompt is computed once for its group; a completion that ends leaves at once, and where more are asked for
+than fit, the next takes its place. The weights are the trainer's own module, so the policy that samples is
+always the policy that learns.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from inference import Completion, SamplingParams, StreamedToken
+from inference.decoders import make_decoder
 from inference.sampling import choose
 
+# More rows than this at once gain nothing: each costs its own.
+MAX_ROWS = 512
 
-def row_uniforms(seed: Sequence[int], prompt: int, sample: int, length: int) -> np.ndarray:
-    """The random numbers of one completion, `[length]`
-    float64 in [0, 1), keyed by (*seed, prompt, sample) alone.
+
+def row_uniforms(key: Sequence[int], length: int) -> np.ndarray:
+    """The random numbers of one completion, `[length]` float64
+    in [0, 1), keyed by (*seed, prompt, sample) alone.
     """
-    return np.random.default_rng((*seed, prompt, sample)).random(length)
+    return np.random.default_rng(tuple(key)).random(length)
 
 
 @contextmanager
@@ -42,20 +49,18 @@ class TorchEngine:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        max_batch_tokens: int = 131_072,
+        max_cache_tokens: int | None = None,
     ) -> None:
         """Wrap a model.
 
         Args:
             model: a Hugging Face causal language model, on its device; never copied.
-            tokenizer: tells the padding token and, with the model's generation config, the tokens that end a
-                completion.
-            max_batch_tokens: cache positions (rows x (prompt + completion limit)) that decode together at
-                most.
+            tokenizer: tells, with the model's generation config, the tokens that end a completion.
+            max_cache_tokens: cache positions, rows x (longest prompt + completion limit), at most; None takes
+                half of the memory that is free when sampling begins.
         """
         self.model = model
-        self.max_batch_tokens = max_batch_tokens
-        self.pad_token_id = tokenizer.pad_token_id
+        self.max_cache_tokens = max_cache_tokens
         configured = getattr(model.generation_config, "eos_token_id", None)
         configured = configured if isinstance(configured, list) else [configured]
         stop = {tokenizer.eos_token_id, *configured} - {None}
@@ -70,136 +75,149 @@ class TorchEngine:
         first_prompt: int = 0,
         on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample `n` completions of each prompt; see `inference.Engine.generate`."""
+        """Sample `n` completions of each prompt; see `inference.Engine.generate`.
+
+        Raises:
+            ValueError: not even one completion fits in the cache.
+        """
         results: list[list[Completion | None]] = [[None] * n for _ in prompts]
-        for batch in self._batches([len(prompt) for prompt in prompts], n, params.max_completion_tokens):
-            uniforms = np.stack(
-                [
-                    row_uniforms(seed, first_prompt + prompt, sample, params.max_completion_tokens)
-                    for prompt in batch
-                    for sample in range(n)
-                ]
-            )
-            with _evaluating(self.model):
-                for row, completion in self._decode([prompts[i] for i in batch], n, params, uniforms):
-                    prompt, sample = batch[row // n], row % n
-                    results[prompt][sample] = completion
-                    if on_completion:
-                        on_completion(prompt, sample, completion)
+        keys = [
+            (*seed, first_prompt + prompt, sample) for prompt in range(len(prompts)) for sample in range(n)
+        ]
+        with _evaluating(self.model):
+            for row, completion in self._decode(prompts, n, params, keys):
+                results[row // n][row % n] = completion
+                if on_completion:
+                    on_completion(row // n, row % n, completion)
         return results
 
     def stream(
         self, prompt: Sequence[int], params: SamplingParams, seed: Sequence[int]
     ) -> Iterator[StreamedToken]:
         """Sample one completion token by token; nothing is computed after the iterator is closed."""
-        uniforms = torch.from_numpy(row_uniforms(seed, 0, 0, params.max_completion_tokens))
+        uniforms = torch.from_numpy(row_uniforms((*seed, 0, 0), params.max_completion_tokens))
         with _evaluating(self.model):
-            state = self._prefill([prompt], 1)
+            decoder, _ = self._make_decoder([prompt], 1, params.max_completion_tokens)
+            logits = decoder.admit([prompt], [1])
             for step in range(params.max_completion_tokens):
-                token, logprob = choose(state.logits, params, uniforms[step : step + 1])
+                token, logprob = choose(logits, params, uniforms[step : step + 1])
                 stopped = bool(torch.isin(token, self.stop_token_ids))
                 is_last = step + 1 == params.max_completion_tokens
                 reason = "stop" if stopped else "length" if is_last else None
                 yield StreamedToken(int(token), float(logprob), reason)
                 if reason:
                     return
-                self._advance(state, token)
+                logits = decoder.advance(token)
 
-    def _batches(self, lengths: list[int], n: int, limit: int) -> Iterator[list[int]]:
-        """Prompt numbers that decode together: neighbours in
-        length, so that little is padded, under the token budget.
-        """
-        batch: list[int] = []
-        for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            if batch and (len(batch) + 1) * n * (lengths[index] + limit) > self.max_batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+    def _make_decoder(self, prompts: Sequence[Sequence[int]], n: int, limit: int) -> tuple[Any, int]:
+        """A decoder with as many slots as fit, and how many these are."""
+        positions = max(len(prompt) for prompt in prompts) + limit
+        most = self.max_cache_tokens or free_memory(self.model.device) // 2 // cache_bytes(self.model)
+        if positions > most:
+            raise ValueError(
+                f"a prompt of {positions - limit} tokens and a completion of {limit} need {positions} cache "
+                f"positions, and memory has {most}; give a smaller max_completion_tokens or shorter prompts"
+            )
+        slots = min(len(prompts) * n, MAX_ROWS, most // positions)
+        return make_decoder(self.model, slots, positions), slots
 
     def _decode(
-        self, prompts: list[Sequence[int]], n: int, params: SamplingParams, uniforms: np.ndarray
+        self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, keys: list[tuple[int, ...]]
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (row, completion) as rows finish; row = prompt x n + sample."""
-        state = self._prefill(prompts, n)
-        device = state.logits.device
-        randoms = torch.from_numpy(uniforms).to(device)
-        rows = torch.arange(len(uniforms), device=device)
-        tokens = torch.zeros(len(uniforms), params.max_completion_tokens, dtype=torch.long, device=device)
-        logprobs = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
-        for step in range(params.max_completion_tokens):
-            token, logprob = choose(state.logits, params, randoms[rows, step])
-            tokens[rows, step], logprobs[rows, step] = token, logprob.double()
+        """Yield (row, completion) as rows finish; row = prompt x n + sample, and rows begin in that order."""
+        limit, device = params.max_completion_tokens, self.model.device
+        decoder, slots = self._make_decoder(prompts, n, limit)
+        # A row keeps its seat while the decoder moves it from slot to slot.
+        seats = Seats(slots, limit, device)
+        begun = 0
+        logits: Tensor | None = None
+        while begun < len(keys) or decoder.live:
+            room = min(decoder.room(), len(keys) - begun)
+            if room:
+                rows = range(begun, begun + room)
+                copies = Counter(row // n for row in rows)
+                fresh = decoder.admit([prompts[prompt] for prompt in copies], list(copies.values()))
+                logits = fresh if logits is None else torch.cat([logits, fresh])
+                seats.take(rows, [keys[row] for row in rows])
+                begun += room
+            token, logprob = choose(logits, params, seats.uniforms())
+            seats.write(token, logprob)
             stopped = torch.isin(token, self.stop_token_ids)
-            done = stopped if step + 1 < params.max_completion_tokens else torch.ones_like(stopped)
+            done = stopped | (seats.counts == limit)
             if done.any():
-                length = step + 1
-                for row, is_stop in zip(rows[done].tolist(), stopped[done].tolist(), strict=True):
-                    reason = "stop" if is_stop else "length"
-                    yield (
-                        row,
-                        Completion(tokens[row, :length].tolist(), logprobs[row, :length].tolist(), reason),
-                    )
-                if done.all():
-                    return
-                keep = (~done).nonzero().squeeze(-1)
-                rows, token = rows[keep], token[keep]
-                state.keep(keep)
-            self._advance(state, token)
-
-    @torch.inference_mode()
-    def _prefill(self, prompts: list[Sequence[int]], n: int) -> "_DecodeState":
-        """Compute each prompt once, then repeat its cache row n times."""
-        longest = max(len(prompt) for prompt in prompts)
-        device = self.model.device
-        # Left padding: the last position of every row is its prompt's last token.
-        ids = torch.full((len(prompts), longest), self.pad_token_id, dtype=torch.long)
-        mask = torch.zeros((len(prompts), longest), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        cache = DynamicCache(config=self.model.config)
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        if n > 1:
-            cache.batch_repeat_interleave(n)
-        return _DecodeState(
-            cache=cache,
-            mask=mask.repeat_interleave(n, dim=0),
-            logits=output.logits[:, -1].repeat_interleave(n, dim=0),
-        )
-
-    @torch.inference_mode()
-    def _advance(self, state: "_DecodeState", token: Tensor) -> None:
-        """Feed one token `[rows]` to every row and keep the logits of the next."""
-        state.mask = torch.cat([state.mask, state.mask.new_ones(len(token), 1)], dim=-1)
-        output = self.model(
-            input_ids=token[:, None],
-            attention_mask=state.mask,
-            position_ids=state.mask.sum(-1, keepdim=True) - 1,
-            past_key_values=state.cache,
-            use_cache=True,
-        )
-        state.logits = output.logits[:, -1]
+                yield from seats.completions(done, stopped)
+                order = decoder.leave(done)
+                seats.keep(order)
+                token = token[order]
+            logits = decoder.advance(token) if decoder.live else None
 
 
-class _DecodeState:
-    """What decoding carries from token to token: one row a completion still running."""
+class Seats:
+    """What is written down of the live rows: their tokens, log-probabilities and random numbers.
 
-    def __init__(self, cache: DynamicCache, mask: Tensor, logits: Tensor) -> None:
-        self.cache = cache  # keys and values, [rows, heads, positions, head size] a layer
-        self.mask = mask  # [rows, positions], 0 where a prompt is padded
-        self.logits = logits  # [rows, V] of the next token
+    Attributes:
+        numbers: of the live rows, in the decoder's order.
+        counts: `[live]` tokens that each has.
+    """
 
-    def keep(self, rows: Tensor) -> None:
-        """Let all other rows leave."""
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
+    def __init__(self, size: int, limit: int, device: torch.device) -> None:
+        """Reserve `size` seats of `limit` tokens."""
+        self.randoms = torch.empty(size, limit, dtype=torch.float64, device=device)
+        self.tokens = torch.empty(size, limit, dtype=torch.long, device=device)
+        self.logprobs = torch.empty(size, limit, dtype=torch.float64, device=device)
+        self.free = list(range(size))
+        self.numbers: list[int] = []
+        self.seats = torch.empty(0, dtype=torch.long, device=device)
+        self.counts = torch.empty(0, dtype=torch.long, device=device)
+
+    def take(self, numbers: Sequence[int], keys: Sequence[tuple[int, ...]]) -> None:
+        """Seat rows behind the live ones."""
+        taken = torch.tensor([self.free.pop() for _ in numbers])
+        limit = self.randoms.shape[1]
+        drawn = torch.from_numpy(np.stack([row_uniforms(key, limit) for key in keys]))
+        self.randoms[taken.to(self.randoms.device)] = drawn.to(self.randoms.device)
+        self.numbers.extend(numbers)
+        self.seats = torch.cat([self.seats, taken.to(self.seats.device)])
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(len(numbers))])
+
+    def uniforms(self) -> Tensor:
+        """The next random number of each live row."""
+        return self.randoms[self.seats, self.counts]
+
+    def write(self, token: Tensor, logprob: Tensor) -> None:
+        """Add a token to each live row."""
+        self.tokens[self.seats, self.counts] = token
+        self.logprobs[self.seats, self.counts] = logprob.double()
+        self.counts = self.counts + 1
+
+    def completions(self, done: Tensor, stopped: Tensor) -> Iterator[tuple[int, Completion]]:
+        """The rows that are done, as (number, completion), and their seats free."""
+        for place in done.nonzero().squeeze(-1).tolist():
+            seat, count = int(self.seats[place]), int(self.counts[place])
+            ids, logprobs = self.tokens[seat, :count].tolist(), self.logprobs[seat, :count].tolist()
+            self.free.append(seat)
+            yield self.numbers[place], Completion(ids, logprobs, "stop" if stopped[place] else "length")
+
+    def keep(self, order: Tensor) -> None:
+        """Follow the decoder, whose row `i` was `order[i]`."""
+        self.numbers = [self.numbers[place] for place in order.tolist()]
+        self.seats, self.counts = self.seats[order], self.counts[order]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def cache_bytes(model: nn.Module) -> int:
+    """What a position costs in the cache: keys and values of every layer."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * torch.finfo(model.dtype).bits // 8
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nothing uses on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from inference import SamplingParams
 
+BELOW_ONE = 1 - 2**-53
+
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:
     """Log-probabilities `[B, V]` float32 (float64 stays) of the distribution that a token is drawn from.
@@ -45,13 +47,46 @@ def choose(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> tuple[Te
     Returns:
         Token ids `[B]` and their log-probabilities `[B]` under the distribution of `warp`.
     """
+    is_whole = not params.top_k and params.top_p == 1.0 and params.min_p == 0.0
+    if is_whole and params.temperature > 0.0:
+        return _choose_from_all(logits, params.temperature, uniforms)
     logprobs = warp(logits, params)
-    if params.temperature == 0.0:
-        tokens = logits.argmax(dim=-1)
-    else:
-        # Summed in float64: in float32 the tail of a large vocabulary would be lost to rounding.
-        cumulative = logprobs.double().exp().cumsum(dim=-1)
-        target = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    is_greedy = params.temperature == 0.0
+    tokens = logits.argmax(dim=-1) if is_greedy else _search(logprobs.exp(), uniforms)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _search(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Where the cumulative weight `[B, V]` passes a share of the whole, `[B]`."""
+    # Summed in float64: in float32 the tail of a large vocabulary would be lost to rounding.
+    cumulative = weights.double().cumsum(dim=-1)
+    target = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return tokens.clamp(max=weights.shape[-1] - 1)
+
+
+def _choose_from_all(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """As `choose` where every token is kept: the vocabulary is read thrice and copied once.
+
+    It is searched in two stages, first for the block whose cumulative weight passes the share, then in it:
+    a cumulative sum over all of a large vocabulary, in float64, would take longer than the model's head.
+    """
+    scaled = logits if logits.dtype == torch.float64 else logits.float()
+    scaled = scaled / temperature if temperature != 1.0 else scaled
+    highest = scaled.amax(-1, keepdim=True)
+    weights = (scaled - highest).exp_()
+    rows, size = weights.shape
+    block = next(b for b in (512, 256, 128, 64, 1) if size % b == 0)
+    blocks = weights.view(rows, -1, block)
+    sums = blocks.sum(-1).double()
+    cumulative = sums.cumsum(-1)
+    total = cumulative[:, -1:]
+    target = uniforms.to(total.device)[:, None] * total
+    chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=sums.shape[-1] - 1)
+    # As a share of the block, so that the rounding of its sum cannot lead past its end.
+    share = ((target - (cumulative - sums).gather(-1, chosen)) / sums.gather(-1, chosen)).clamp(0, BELOW_ONE)
+    inside = blocks[torch.arange(rows, device=weights.device), chosen[:, 0]].double().cumsum(-1)
+    place = torch.searchsorted(inside, share * inside[:, -1:], right=True).clamp(max=block - 1)
+    tokens = chosen * block + place
+    logprobs = scaled.gather(-1, tokens) - highest - total.log().to(scaled.dtype)
+    return tokens[:, 0], logprobs[:, 0]

@@ -1,4 +1,5 @@
 import copy
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from batches import pad_batch
 from inference import SamplingParams
-from inference.engine import TorchEngine, row_uniforms
+from inference.engine import TorchEngine, cache_bytes, row_uniforms
 from inference.sampling import warp
 from models import Policy
 
@@ -29,10 +30,10 @@ def model(random_model):
 
 @pytest.fixture
 def forwards(model):
-    """The shape of the input ids of every forward pass of `model`."""
+    """The shape of the token ids of every pass through `model`."""
     shapes = []
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    hook = model.model.embed_tokens.register_forward_pre_hook(
+        lambda module, args: shapes.append(tuple(args[0].shape))
     )
     yield shapes
     hook.remove()
@@ -108,7 +109,7 @@ def test_sampled_tokens_follow_their_random_numbers(model):
     samples = TorchEngine(model, tokenizer()).generate(PROMPTS[:1], 200, SamplingParams(1), (5,))[0]
     cumulative = probabilities.cumsum(0)
     for sample, completion in enumerate(samples):
-        uniform = row_uniforms((5,), 0, sample, 1)[0]
+        uniform = row_uniforms((5, 0, sample), 1)[0]
         assert completion.token_ids == [int((cumulative <= uniform).sum())]
     assert len({tuple(completion.token_ids) for completion in samples}) > 10
 
@@ -130,7 +131,7 @@ def test_a_completion_depends_on_nothing_around_it(random_model, architecture):
         assert_same(engine.generate([prompt], 3, WARM, (1, 2), first_prompt=number), [groups[number]])
     for start, end in ((0, 2), (2, 6)):  # as a process' share
         assert_same(engine.generate(PROMPTS[start:end], 3, WARM, (1, 2), start), groups[start:end])
-    for size in (1, 60, 90, 200):  # in batches of any size
+    for size in (15, 47, 100, 200):  # in batches of any size; where the decoder can, rows join in the middle
         assert_same(TorchEngine(model, tokenizer(), size).generate(PROMPTS, 3, WARM, (1, 2)), groups)
     fewer = engine.generate(PROMPTS, 2, WARM, (1, 2))  # in groups of another size
     assert_same(fewer, [group[:2] for group in groups])
@@ -179,7 +180,7 @@ def test_a_completion_ends_with_its_eos_and_leaves_the_others_alone(model, forwa
     assert 3 in lengths
     # Prompts once and not once a sample; then whoever has ended is computed no more.
     rows = [sum(length > step for length in lengths) for step in range(1, 8)]
-    assert forwards == [(6, 7)] + [(count, 1) for count in rows]
+    assert forwards == [(6, 7)] + [(count,) for count in rows]
 
 
 def test_an_eos_at_the_limit_is_a_stop(model):
@@ -200,19 +201,49 @@ def test_every_token_that_the_generation_config_stops_at_stops(model, monkeypatc
         assert (completion.token_ids, completion.finish_reason) == (whole[: end + 1], "stop")
 
 
-def test_batches_keep_their_budget(model, forwards):
-    TorchEngine(model, tokenizer(), max_batch_tokens=60).generate(PROMPTS, 2, WARM, (1,))
-    prefills = [shape for shape in forwards if shape[1] > 1 or shape[0] < 2]
-    assert sum(rows for rows, _ in prefills) == len(PROMPTS)
-    assert len(prefills) == 3
-    for rows, width in prefills:
-        assert rows * 2 * (width + 8) <= 60
+def test_waiting_rows_take_the_places_of_those_that_end_within_the_budget(model, forwards):
+    long = TorchEngine(model, tokenizer(eos_token_id=319)).generate(PROMPTS, 2, WARM, (3,))
+    eos = long[3][1].token_ids[2]
+    whole = TorchEngine(model, tokenizer(eos)).generate(PROMPTS, 2, WARM, (3,))
+    forwards.clear()
+    budget = 4 * (7 + WARM.max_completion_tokens)
+    assert_same(TorchEngine(model, tokenizer(eos), budget).generate(PROMPTS, 2, WARM, (3,)), whole)
+    prefills = [shape for shape in forwards if len(shape) == 2]
+    steps = [rows for (rows,) in (shape for shape in forwards if len(shape) == 1)]
+    assert max(steps) == 4
+    # Nobody waits for a whole batch: until nothing waits any more, a step with a free place is the last one
+    # before somebody takes it.
+    last_prefill = max(i for i, shape in enumerate(forwards) if len(shape) == 2)
+    for shape, following in itertools.pairwise(forwards[: last_prefill + 1]):
+        assert shape == (4,) or len(shape) == 2 or len(following) == 2
+    assert len(prefills) > 3
+    assert sum(steps) == sum(len(c.token_ids) - 1 for group in whole for c in group)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_what_cannot_fit_is_refused_by_name(random_model, architecture):
+    engine = TorchEngine(random_model(architecture), tokenizer(), max_cache_tokens=14)
+    message = "prompt of 7 tokens and a completion of 8 need 15 cache positions, and memory has 14"
+    with pytest.raises(ValueError, match=message):
+        engine.generate(PROMPTS, 2, WARM, (3,))
+    with pytest.raises(ValueError, match="max_completion_tokens"):
+        next(engine.stream(PROMPTS[0], WARM, (3,)))
+
+
+def test_the_cache_takes_half_of_what_is_free(model, monkeypatch):
+    # keys and values of 2 layers, 2 heads of 8, float64
+    assert cache_bytes(model) == 2 * 2 * 2 * 8 * 8
+    monkeypatch.setattr("inference.engine.free_memory", lambda device: 2 * 15 * cache_bytes(model))
+    assert len(TorchEngine(model, tokenizer()).generate(PROMPTS, 1, WARM, (3,))) == 6
+    monkeypatch.setattr("inference.engine.free_memory", lambda device: 2 * 15 * cache_bytes(model) - 1)
+    with pytest.raises(ValueError, match="memory has 14"):
+        TorchEngine(model, tokenizer()).generate(PROMPTS, 1, WARM, (3,))
 
 
 def test_every_completion_is_told_once_as_it_ends(model):
     told = []
     eos = TorchEngine(model, tokenizer()).generate(PROMPTS, 2, WARM, (3,))[3][1].token_ids[2]
-    groups = TorchEngine(model, tokenizer(eos), max_batch_tokens=100).generate(
+    groups = TorchEngine(model, tokenizer(eos), max_cache_tokens=100).generate(
         PROMPTS, 2, WARM, (3,), on_completion=lambda *args: told.append(args)
     )
     assert Counter((prompt, sample) for prompt, sample, _ in told) == Counter(
@@ -245,9 +276,9 @@ def test_a_closed_stream_computes_nothing_more(model, forwards):
     assert forwards == []
     next(stream)
     next(stream)
-    assert forwards == [(1, 7), (1, 1)]
+    assert forwards == [(1, 7), (1,)]
     stream.close()
-    assert forwards == [(1, 7), (1, 1)]
+    assert forwards == [(1, 7), (1,)]
     assert next(stream, None) is None
 
 

@@ -30,7 +30,9 @@ ROOMS = {
     # Engines: tokens in, tokens out.
     "inference": [],
     "inference.sampling": ["inference"],
-    "inference.engine": ["inference", "inference.sampling"],
+    "inference.kv_cache": [],
+    "inference.decoders": ["inference.kv_cache"],
+    "inference.engine": ["inference", "inference.decoders", "inference.sampling"],
     # Whoever talks through an engine.
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
@@ -55,9 +57,10 @@ GUARDED = {
     "torch": [
         *["batches", "credit", "losses", "models", "optimizers", "rollouts", "runs.*", "train_grpo"],
         *["train_sft", "updates"],
-        *["inference.chat", "inference.engine", "inference.sampling"],
+        *["inference.chat", "inference.decoders", "inference.engine", "inference.kv_cache"],
+        *["inference.sampling"],
     ],
-    "transformers": ["inference.engine", "models"],
+    "transformers": ["inference.decoders", "inference.engine", "models"],
     "tokenizers": ["models"],
     "peft": ["models"],
     "accelerate": ["batches", "credit", "exam", "models", "runs.*", "train_grpo", "train_sft", "updates"],

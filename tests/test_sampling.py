@@ -97,6 +97,29 @@ def test_a_grid_of_uniforms_draws_the_exact_distribution(params):
     torch.testing.assert_close(logprobs, expected)
 
 
+@pytest.mark.parametrize("size", [640, 1000, 641, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_vocabulary_searched_in_blocks_draws_as_one_searched_whole(size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(500, size, generator=generator, dtype=dtype)
+    logits[:, ::7] = -torch.inf
+    uniforms = torch.rand(500, generator=generator, dtype=torch.float64)
+    tokens, logprobs = choose(logits, SamplingParams(temperature=0.8), uniforms)
+    expected = (logits.double() / 0.8).log_softmax(-1)
+    cumulative = expected.exp().cumsum(-1)
+    before = torch.where(tokens > 0, cumulative.gather(-1, (tokens - 1).clamp(min=0)[:, None])[:, 0], 0)
+    after = cumulative.gather(-1, tokens[:, None])[:, 0]
+    assert (before - 1e-6 <= uniforms).all()
+    assert (uniforms <= after + 1e-6).all()
+    torch.testing.assert_close(
+        logprobs.double(), expected.gather(-1, tokens[:, None])[:, 0], rtol=0, atol=1e-5
+    )
+    assert len(tokens.unique()) > 100
+    for uniform in (0.0, math.nextafter(1.0, 0.0)):
+        _, logprobs = choose(logits, SamplingParams(), torch.full((500,), uniform, dtype=torch.float64))
+        assert logprobs.isfinite().all()
+
+
 def test_the_ends_of_the_unit_interval_draw_tokens_that_were_kept():
     largest = math.nextafter(1.0, 0.0)
     for row in ([0.0, 0.5, 0.0, 0.5, 0.0], [0.0, 0.3, 0.3, 0.4, 0.0]):

@@ -1,0 +1,204 @@
+"""What feeds one token a row to a model: any architecture by the
+library's forward, the Llama family by a leaner one.
+
+A decoder holds the rows that decode together. `admit` begins rows, `advance` feeds each its next token,
+`leave` lets rows go; logits are `[rows, V]`, of the newest position. Both decoders compute what the library
+computes; tests hold them to it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from inference.kv_cache import SlotCache
+
+# A block of their own code in the library each, with the same parts under the same names.
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+# Rotary embeddings whose angles do not depend on how long the text is.
+STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
+# Prompt positions that go through the model at once.
+PREFILL_TOKENS = 16_384
+
+
+def make_decoder(model: nn.Module, slots: int, positions: int) -> "LlamaDecoder | LibraryDecoder":
+    """The fastest decoder that computes what the model does.
+
+    Args:
+        model: a causal language model.
+        slots: rows that decode together at most.
+        positions: prompt and completion tokens of a row at most.
+    """
+    # Under an adapter, its layers stand in the place of the model's own.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = inner.config
+    rotary = getattr(config, "rope_parameters", None) or {}
+    windows = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None)
+    is_windowed = "sliding_attention" in windows or (config.model_type == "mistral" and window)
+    is_lean = (
+        config.model_type in LLAMA_FAMILY
+        and rotary.get("rope_type", "default") in STATIC_ROTARY
+        and not (is_windowed and positions > window)
+    )
+    return LlamaDecoder(inner, slots, positions) if is_lean else LibraryDecoder(model, slots)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `[P, L]` of prompts."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        start = longest - len(prompt) if left else 0
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+        mask[row, start : start + len(prompt)] = 1
+    return ids.to(device), mask.to(device)
+
+
+class LlamaDecoder:
+    """Decodes the Llama family over a `SlotCache`, calling the layers' parts one by one.
+
+    The library's forward spends more time between them than in them: building masks, growing the cache by
+    copying it, repeating keys for every query head.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, positions: int) -> None:
+        """See `make_decoder`; the memory is reserved with the first rows."""
+        self.model = model
+        self.slots, self.positions = slots, positions
+        self.cache: SlotCache | None = None
+
+    @property
+    def live(self) -> int:
+        """Rows that decode."""
+        return self.cache.live if self.cache else 0
+
+    def room(self) -> int:
+        """Rows that may begin now: few at a time would cost a prefill each."""
+        free = self.slots - self.live
+        return free if free >= self.slots / 8 else 0
+
+    @torch.inference_mode()
+    def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
+        """Begin rows behind the live ones: `copies` of each prompt, computed once. Returns their logits."""
+        logits = []
+        at_once = max(1, PREFILL_TOKENS // max(len(prompt) for prompt in prompts))
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, start + at_once)
+            logits.append(self._prefill(prompts[part], copies[part]))
+        return torch.cat(logits)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
+        model, device = self.model, self.model.device
+        ids, mask = pad_prompts(prompts, left=False, device=device)
+        cache = DynamicCache(config=model.config)
+        output = model.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        lengths, times = mask.sum(-1), torch.tensor(copies, device=device)
+        keys = [layer.keys for layer in cache.layers]
+        if self.cache is None:
+            slots, heads = self.slots, keys[0].shape[1]
+            self.cache = SlotCache(len(keys), slots, heads, self.positions, keys[0])
+            places = torch.arange(self.positions, device=device)[None]
+            cos, sin = model.model.rotary_emb(output.last_hidden_state, places)
+            half = sin.shape[-1] // 2
+            # With the sign of the half that rotates the other way.
+            self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+        self.cache.admit(keys, [layer.values for layer in cache.layers], lengths, times)
+        last = output.last_hidden_state[torch.arange(len(prompts), device=device), lengths - 1]
+        return model.lm_head(last).repeat_interleave(times, 0)
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Feed one token `[rows]` to every row. Returns the logits of the next."""
+        decoder, cache, rows = self.model.model, self.cache, len(tokens)
+        at = cache.lengths[:rows]
+        cos, sin = self.cos[at][:, None], self.sin[at][:, None]
+        places, longest, hidden = cache.extend()
+        states = decoder.embed_tokens(tokens)
+        for number, layer in enumerate(decoder.layers):
+            attention = layer.self_attn
+            read = layer.input_layernorm(states)
+            size = attention.head_dim
+            query = attention.q_proj(read).view(rows, -1, size)
+            key = attention.k_proj(read).view(rows, -1, size)
+            if hasattr(attention, "q_norm"):  # Qwen3
+                query, key = attention.q_norm(query), attention.k_norm(key)
+            turned = torch.cat([query, key], 1)
+            turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
+            query, key = turned[:, : query.shape[1]], turned[:, query.shape[1] :]
+            value = attention.v_proj(read).view(key.shape)
+            keys, values = cache.append(number, key, value, places, longest)
+            # The query heads that share a key head stand side by side: [rows, key heads, queries of each, D].
+            query = (query * attention.scaling).reshape(rows, keys.shape[1], -1, size)
+            scores = query @ keys.mT
+            if hidden is not None:
+                scores += hidden
+            mixed = scores.softmax(-1) @ values
+            states = states + attention.o_proj(mixed.reshape(rows, -1))
+            states = states + layer.mlp(layer.post_attention_layernorm(states))
+        return self.model.lm_head(decoder.norm(states))
+
+    @torch.inference_mode()
+    def leave(self, done: Tensor) -> Tensor:
+        """Let rows `[rows]` go; see `SlotCache.leave`."""
+        return self.cache.leave(done)
+
+
+class LibraryDecoder:
+    """Decodes any architecture by the library's own forward and cache. Rows begin when none is live."""
+
+    def __init__(self, model: nn.Module, slots: int) -> None:
+        """See `make_decoder`."""
+        self.model = model
+        self.slots = slots
+        self.live = 0
+
+    def room(self) -> int:
+        """Rows that may begin now."""
+        return 0 if self.live else self.slots
+
+    @torch.inference_mode()
+    def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
+        """As `LlamaDecoder.admit`."""
+        # Left padding: the last position of every row is its prompt's last token.
+        ids, mask = pad_prompts(prompts, left=True, device=self.model.device)
+        self.cache = DynamicCache(config=self.model.config)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        source = torch.arange(len(prompts), device=ids.device)
+        source = source.repeat_interleave(torch.tensor(copies, device=ids.device))
+        if len(source) > len(prompts):
+            self.cache.batch_select_indices(source)
+        self.mask = mask[source]
+        self.live = len(source)
+        return output.logits[source, -1]
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> Tensor:
+        """As `LlamaDecoder.advance`."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=-1)
+        output = self.model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask,
+            position_ids=self.mask.sum(-1, keepdim=True) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1]
+
+    @torch.inference_mode()
+    def leave(self, done: Tensor) -> Tensor:
+        """As `LlamaDecoder.leave`; the others close up in their order."""
+        order = (~done).nonzero().squeeze(-1)
+        self.cache.batch_select_indices(order)
+        self.mask = self.mask[order]
+        self.live = len(order)
+        return order

@@ -1,0 +1,109 @@
+"""The slots of the cache: keys and values of the rows that decode together, one slot a row."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class SlotCache:
+    """Keys and values in one block of memory, reserved once.
+
+    The live rows always fill the first slots, so a layer's keys are a view and nothing is copied to read
+    them. Every row has a length of its own: rows come and go in the middle of the others' text.
+
+    Attributes:
+        live: how many rows there are.
+        lengths: `[slots]` positions that each row has filled; of the first `live`.
+    """
+
+    def __init__(self, layers: int, slots: int, heads: int, positions: int, like: Tensor) -> None:
+        """Reserve the memory; on the CPU, what is never written is never taken.
+
+        Args:
+            layers: of the model.
+            slots: rows at most.
+            heads: of keys and values.
+            positions: that a row may fill.
+            like: keys `[..., D]` of the model, for the size of a head, dtype and device.
+        """
+        # A position's key and value side by side: one write for both.
+        self.block = like.new_empty(layers, slots, heads, positions, 2 * like.shape[-1])
+        self.size = like.shape[-1]
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=like.device)
+        self.live = 0
+        self.reached = 0  # positions that have been read or written in any slot
+
+    def _reach(self, positions: int) -> None:
+        """Give what is read before it is written a number: no mask and no weight of 0 takes a NaN away."""
+        if positions > self.reached:
+            self.block[..., self.reached : positions, :] = 0
+            self.reached = positions
+
+    def admit(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Tensor, copies: Tensor
+    ) -> None:
+        """Give prompts slots behind the live rows.
+
+        Args:
+            keys: of each layer, `[P, heads, L, D]`, padded on the right.
+            values: likewise.
+            lengths: `[P]` positions that count.
+            copies: `[P]` rows that begin with each prompt.
+        """
+        source = torch.arange(len(lengths), device=lengths.device).repeat_interleave(copies)
+        slots = slice(self.live, self.live + len(source))
+        self._reach(keys[0].shape[2])
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            self.block[layer, slots, :, : key.shape[2]] = torch.cat([key, value], -1)[source]
+        self.lengths[slots] = lengths[source]
+        self.live = slots.stop
+
+    def extend(self) -> tuple[Tensor, int, Tensor | None]:
+        """Make every live row one longer.
+
+        Returns:
+            Where `append` writes; how many positions `append` reads; and what hides those that a row has not
+            filled, `[live, 1, 1, positions]` to be added to attention scores, None where there are none.
+        """
+        heads, positions = self.block.shape[2:4]
+        lengths = self.lengths[: self.live]
+        rows = torch.arange(self.live * heads, device=lengths.device) * positions
+        places = rows + lengths.repeat_interleave(heads)
+        lengths += 1
+        shortest, longest = lengths.aminmax()
+        self._reach(int(longest))
+        if shortest == longest:
+            return places, int(longest), None
+        unfilled = torch.arange(int(longest), device=lengths.device) >= lengths[:, None]
+        hidden = torch.zeros(unfilled.shape, dtype=self.block.dtype, device=lengths.device)
+        return places, int(longest), hidden.masked_fill_(unfilled, -torch.inf)[:, None, None]
+
+    def append(
+        self, layer: int, key: Tensor, value: Tensor, places: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor]:
+        """Write one position `[live, heads, D]` of a layer, and read all, `[live, heads, longest, D]`."""
+        written = torch.cat([key, value], -1)
+        self.block[layer].view(-1, 2 * self.size).index_copy_(0, places, written.view(-1, 2 * self.size))
+        return self.block[layer, : self.live, :, :longest].split(self.size, -1)
+
+    def leave(self, done: Tensor) -> Tensor:
+        """Let rows go; the last of the others move into their slots.
+
+        Args:
+            done: `[live]`, True where a row leaves.
+
+        Returns:
+            The old slot of every row that stays, `[live]` in the new order.
+        """
+        staying = int((~done).sum())
+        order = torch.arange(self.live, device=done.device)
+        holes = order[:staying][done[:staying]]
+        movers = order[staying:][~done[staying:]]
+        if len(movers):
+            longest = int(self.lengths[movers].max())
+            self.block[:, holes, :, :longest] = self.block[:, movers, :, :longest]
+            self.lengths[holes] = self.lengths[movers]
+            order[holes] = movers
+        self.live = staying
+        return order[:staying]

@@ -1,0 +1,137 @@
+"""The Llama family's decoder against the library's forward over the whole text, rows coming and going."""
+
+import copy
+
+import pytest
+import torch
+from conftest import SHAPE
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from inference.decoders import LibraryDecoder, LlamaDecoder, make_decoder
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LEAN = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "llama": {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"head_dim": 16, "sliding_window": None},
+    "qwen2 with yarn": {"rope_parameters": YARN},
+    "qwen2 with more heads": {"num_attention_heads": 8, "num_key_value_heads": 1},
+}
+
+
+def build(name, changes):
+    config = AutoConfig.for_model(name.split()[0], **SHAPE | changes)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.double().eval()
+
+
+def follow(model, decoder, slots=5):
+    """Rows of several lengths that begin, grow, join and leave, each held to the model itself."""
+    generator = torch.Generator().manual_seed(1)
+    texts = []
+
+    def admit(prompts, copies):
+        texts.extend(list(p) for p, n in zip(prompts, copies, strict=True) for _ in range(n))
+        return decoder.admit(prompts, copies)
+
+    def check(logits):
+        assert decoder.live == len(texts) == len(logits)
+        for text, got in zip(texts, logits, strict=True):
+            with torch.no_grad():
+                expected = model(torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+    def grow(logits):
+        tokens = torch.randint(3, 300, (len(texts),), generator=generator)
+        for text, token in zip(texts, tokens.tolist(), strict=True):
+            text.append(token)
+        logits = decoder.advance(tokens)
+        check(logits)
+        return logits
+
+    def leave(places):
+        done = torch.zeros(len(texts), dtype=torch.bool)
+        done[places] = True
+        order = decoder.leave(done).tolist()
+        texts[:] = [texts[i] for i in order]
+        return order
+
+    logits = admit([[5, 6, 7, 8, 9, 10], [11], [12, 13]], [2, 1, 2])
+    check(logits)
+    for places, joins in (([], 0), ([0, 3], 0), ([], 2), ([4], 0), ([1, 2, 3], 3), ([0, 1, 2, 3], 0)):
+        order = leave(places)
+        if order:
+            grow(logits[order])
+        if joins and decoder.room():
+            new = admit([[20 + joins, 21, 22], [23]], [joins - 1, 1])
+            assert len(new) == joins
+            logits = grow(new)
+    return decoder
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_every_row_has_the_logits_of_its_own_text(name):
+    model = build(name, LEAN[name])
+    decoder = make_decoder(model, 5, 40)
+    assert isinstance(decoder, LlamaDecoder)
+    follow(model, decoder)
+
+
+def test_what_memory_held_before_is_never_read(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, torch.nan))
+    model = build("qwen2", {})
+    follow(model, make_decoder(model, 5, 40))
+
+
+def test_an_adapter_is_applied_as_it_is():
+    model = build("qwen2", {})
+    base = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tuned = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules="all-linear"))
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    tuned = tuned.double().eval()
+    decoder = make_decoder(tuned, 5, 40)
+    assert isinstance(decoder, LlamaDecoder)
+    follow(tuned, decoder)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert (tuned(ids).logits - base(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "positions"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, 40),
+        ("gemma3_text", {"head_dim": 8}, 40),
+        ("mistral", {"head_dim": 8, "sliding_window": 39}, 40),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}, 40),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 40),
+    ],
+)
+def test_what_the_lean_decoder_does_not_compute_is_left_to_the_library(name, changes, positions):
+    assert isinstance(make_decoder(build(name, changes), 5, positions), LibraryDecoder)
+
+
+def test_a_window_longer_than_the_text_hides_nothing():
+    model = build("mistral", {"head_dim": 8, "sliding_window": 40})
+    decoder = make_decoder(model, 5, 40)
+    assert isinstance(decoder, LlamaDecoder)
+    follow(model, decoder)
