@@ -2,13 +2,18 @@
 micro-batches that change the memory but not the gradient.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+
+from memory import is_out_of_memory, release_memory
+from runs.config import RunStopped
+
+# Numbers whose mean is taken in one exchange between processes: a copy of so many, and no more.
+REDUCED_AT_ONCE = 25_000_000
 
 
 def pad_batch(
@@ -60,25 +65,94 @@ def plan_micro_batches(
     return plan
 
 
-def micro_batches(
-    accelerator: Accelerator,
-    policy: nn.Module,
-    lengths: Sequence[tuple[int, int]],
-    rows: Sequence[int],
-    token_budget: int,
-) -> Iterator[tuple[list[int], float, AbstractContextManager]]:
-    """The micro-batches of one update; every process gets
-    equally many and synchronises gradients on the last.
+class MicroBatches:
+    """Takes rows through the model a part at a time, in parts that memory holds.
 
-    Yields:
-        Row numbers; a scale for their weights (0 for the filler of a process that has less to do); the
-        context for the
-        forward and backward pass.
+    Attributes:
+        accelerator: every process gets equally many parts.
+        tokens: rows x longest row of a part at most; halved on all processes where memory runs out on one.
     """
-    plan = plan_micro_batches(lengths, rows, token_budget)
-    count = max(1, *gather_object([len(plan)]))
-    shortest = min(range(len(lengths)), key=lambda i: sum(lengths[i]))
-    for index in range(count):
-        is_filler = index >= len(plan)
-        context = nullcontext() if index == count - 1 else accelerator.no_sync(policy)
-        yield ([shortest], 0.0, context) if is_filler else (plan[index], 1.0, context)
+
+    def __init__(
+        self, accelerator: Accelerator, tokens: int | None, memory: Sequence[int | None] | None = None
+    ) -> None:
+        """Begin with a budget.
+
+        Args:
+            accelerator: prepared or not.
+            tokens: None for what suits the device: caches of a processor like small parts.
+            memory: of another time; what was learned then counts if the budget was the same.
+        """
+        self.accelerator = accelerator
+        self.configured = tokens
+        self.tokens = tokens or (4096 if accelerator.device.type == "cpu" else 16_384)
+        if memory and memory[0] == tokens:
+            self.tokens = memory[1]
+
+    @property
+    def memory(self) -> list[int | None]:
+        """What a resume needs to split as before: sums of floats depend on it in their last bits."""
+        return [self.configured, self.tokens]
+
+    def run(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        rows: Sequence[int],
+        work: Callable[[list[int], float], None],
+        restart: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Work through rows, the longest first.
+
+        Args:
+            lengths: (prompt tokens, completion tokens) of every row.
+            rows: the rows to use.
+            work: takes row numbers and a scale for their weights, 0 for the filler of a process that has less
+                to do than others. It holds no collective but for every part.
+            restart: drops what `work` has done; called before everything is done again in smaller parts.
+
+        Raises:
+            RunStopped: memory runs out on a single row, on whatever process.
+        """
+        while True:
+            plan = plan_micro_batches(lengths, rows, self.tokens)
+            count = max(1, *gather_object([len(plan)]))
+            shortest = min(range(len(lengths)), key=lambda i: sum(lengths[i]))
+            most = max((len(part) for part in plan), default=1)
+            ran_out = False
+            try:
+                for index in range(count):
+                    part, scale = (plan[index], 1.0) if index < len(plan) else ([shortest], 0.0)
+                    work(part, scale)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                ran_out = True
+            everyone = gather_object([(ran_out, most)])
+            if not any(out for out, _ in everyone):
+                return
+            restart()
+            release_memory()
+            if max(rows_at_once for _, rows_at_once in everyone) == 1:
+                raise RunStopped(
+                    f"memory ran out on a single sequence of up to {max(map(sum, lengths))} tokens; give a "
+                    "smaller --max_completion_tokens or --max_prompt_tokens, or --lora_rank 16; the same "
+                    "command goes on from the last checkpoint"
+                )
+            # Half of what was tried: a budget above the longest part would be tried again as it is.
+            longest = max(sum(lengths[row]) for row in rows) if rows else 1
+            self.tokens = max(1, min(self.tokens, most * longest) // 2)
+            self.tokens = min(gather_object([self.tokens]))
+
+
+def reduce_gradients(accelerator: Accelerator, policy: nn.Module) -> None:
+    """Average gradients that were taken without synchronising, over all processes, some at a time."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    while gradients:
+        some = [gradients.pop()]
+        while gradients and sum(g.numel() for g in some) + gradients[-1].numel() <= REDUCED_AT_ONCE:
+            some.append(gradients.pop())
+        whole = accelerator.reduce(torch.cat([g.flatten() for g in some]), "mean")
+        for gradient, mean in zip(some, whole.split([g.numel() for g in some]), strict=True):
+            gradient.copy_(mean.view_as(gradient))

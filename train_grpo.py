@@ -20,11 +20,13 @@ from accelerate.utils import gather_object
 from torch import nn
 
 import rewards
+from batches import MicroBatches
 from credit import credit, explained_variance
 from data import Problem, load_problems, take
 from exam import hold_shared_exam
 from inference import SamplingParams
 from inference.engine import TorchEngine
+from memory import is_out_of_memory
 from models import (
     ADAPTER,
     Policy,
@@ -332,6 +334,7 @@ class Training:
         reference: the policy that the KL is taken to; None where it counts for nothing.
         optimizer: as prepared.
         scheduler: of the learning rate.
+        micro_batches: take rows through the policy.
         run: position, log, checkpoints, and `memory`: what a step hands to the next besides the weights.
     """
 
@@ -345,6 +348,7 @@ class Training:
     reference: nn.Module | None
     optimizer: Any
     scheduler: Any
+    micro_batches: MicroBatches
     run: Run
 
 
@@ -370,7 +374,7 @@ def train_step(training: Training) -> None:
 
     # 4. Learn.
     critic_only = run.step < (config.critic_warmup_steps or 0)
-    movers = (training.policy, training.optimizer, training.scheduler, accelerator)
+    movers = (training.policy, training.optimizer, training.scheduler, training.micro_batches)
     updates = [
         update(*movers, batch, rows, config, kl_coef, critic_only) for rows in minibatches(batch, config)
     ]
@@ -415,15 +419,18 @@ def sample_step(training: Training) -> list[Group]:
             with run.accelerator.autocast():
                 groups += roll_out(*actors, config, run.step, number)
         except rewards.RewardError as error:
-            broken = str(error)
+            broken = f"{error}. Mend the function"
+        except (RuntimeError, MemoryError) as error:  # the engine has tried with ever fewer rows
+            if not is_out_of_memory(error):
+                raise
+            broken = "memory ran out while sampling; give a smaller --max_completion_tokens"
         informative = sum(group.is_informative for group in groups)
         counts, errors = zip(*gather_object([(informative, broken)]), strict=True)
         if any(errors):
             run.drawn = position
             run.checkpoint()
             raise RunStopped(
-                f"{next(filter(None, errors))}. {run.step} steps are saved; mend the function, and the same "
-                "command goes on"
+                f"{next(filter(None, errors))}; {run.step} steps are saved, and the same command goes on"
             )
         if min(counts) >= share:
             break
@@ -447,9 +454,9 @@ def look_back(training: Training, batch: RolloutBatch) -> None:
     is_read_before = config.updates_per_rollout * config.epochs_per_rollout > 1 or config.replay_groups
     is_read_before = is_read_before or (config.kl_placement == "reward" and training.reference)
     if config.baseline == "critic" or (is_read_before and "old_logprobs" not in tensors):
-        tensors.update(score_rollout(training.policy, batch, accelerator, config) | tensors)
+        tensors.update(score_rollout(training.policy, batch, training.micro_batches, config) | tensors)
     if training.reference:
-        told = score_rollout(training.reference, batch, accelerator, config)
+        told = score_rollout(training.reference, batch, training.micro_batches, config)
         tensors["ref_logprobs"] = told["old_logprobs"]
 
 
@@ -468,6 +475,7 @@ def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
     run.memory = {
         "kl_coef": restored.get("kl_coef", config.kl_coef) if config.kl_target else config.kl_coef,
         "replay": restored.get("replay", [])[: config.replay_groups],
+        "budget": restored.get("budget"),
     }
     moving = {"critic": critic, "reference": reference if config.ref_sync_steps else None}
     for name, module in moving.items():
@@ -480,6 +488,7 @@ def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
 def carry_over(training: Training, metrics: dict[str, float], fresh: list[Group]) -> None:
     """Get the coefficient, the reference and the replay ready for the next step."""
     config, run = training.config, training.run
+    run.memory["budget"] = training.micro_batches.memory
     if config.kl_target:
         # As in 1909.08593, section 2.2: proportional, and never in a hurry.
         error = min(max(metrics["policy/kl"] / config.kl_target - 1, -0.2), 0.2)
@@ -578,10 +587,11 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[
     reference = reference and reference.to(accelerator.device)
     run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
     remember(run, config, critic, reference)
+    micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory["budget"])
     run.log.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     training = Training(
         *(config, accelerator, tokenizer, problems, Scorer(reward_set), TorchEngine(model, tokenizer)),
-        *(policy, reference, optimizer, scheduler, run),
+        *(policy, reference, optimizer, scheduler, micro_batches, run),
     )
     return training, held_out[: config.eval_limit]
 

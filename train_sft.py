@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from batches import micro_batches, pad_batch
+from batches import MicroBatches, pad_batch, reduce_gradients
 from data import Problem, load_problems, take
 from exam import hold_shared_exam
 from inference import SamplingParams
@@ -137,12 +137,15 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
     run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
     run.log.say(f"cold start of {config.model} on {config.data}: {told}")
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
+    micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory.get("budget"))
+    movers = (policy, optimizer, scheduler, micro_batches)
 
     with stop_on_signal() as stop:
         while run.step < config.total_steps and not stop.agreed:
             began = time.perf_counter()
             drawn = take(examples, config.seed, run.drawn, config.examples_per_step)
-            metrics = update(policy, optimizer, scheduler, accelerator, drawn, tokenizer.pad_token_id, config)
+            metrics = update(*movers, drawn, tokenizer.pad_token_id, config.max_grad_norm)
+            run.memory["budget"] = micro_batches.memory
             run.step += 1
             run.drawn += config.examples_per_step
             run.log.step(run.step, {**metrics, "time/update_s": time.perf_counter() - began})
@@ -160,35 +163,43 @@ def update(
     policy: Any,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
-    accelerator: Accelerator,
+    micro_batches: MicroBatches,
     examples: list[Example],
     pad_token_id: int,
-    config: SFTConfig,
+    max_grad_norm: float,
 ) -> dict[str, float]:
     """One optimizer step on this step's examples, of which every process takes its share."""
+    accelerator = micro_batches.accelerator
     total_tokens = sum(len(example.completion_ids) for example in examples)
     share = examples[accelerator.process_index :: accelerator.num_processes]
     lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in share]
-    policy.train()
-    loss_sum = torch.zeros((), device=accelerator.device)
-    budget = config.micro_batch_tokens
-    for rows, scale, context in micro_batches(accelerator, policy, lengths, range(len(share)), budget):
+    losses: list[torch.Tensor] = []
+
+    def restart() -> None:
+        optimizer.zero_grad()
+        losses.clear()
+
+    def learn(rows: list[int], scale: float) -> None:
         batch = pad_batch(
             [share[i].prompt_ids for i in rows], [share[i].completion_ids for i in rows], pad_token_id
         )
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         weights = loss_weights(batch["completion_mask"], "token", total_tokens=total_tokens) * scale
-        with context:
-            logprobs, _, _ = policy(**batch)
-            loss = -(weights * logprobs).sum()
-            accelerator.backward(loss * accelerator.num_processes)
-        loss_sum += loss.detach()
-    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        logprobs, _, _ = policy(**batch)
+        loss = -(weights * logprobs).sum()
+        accelerator.backward(loss * accelerator.num_processes)
+        losses.append(loss.detach())
+
+    policy.train()
+    with accelerator.no_sync(policy):
+        micro_batches.run(lengths, range(len(share)), learn, restart)
+    reduce_gradients(accelerator, policy)
+    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm)
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
     return {
-        "policy/loss": float(accelerator.reduce(loss_sum)),
+        "policy/loss": float(accelerator.reduce(torch.stack(losses).sum())),
         "policy/grad_norm": float(grad_norm),
         "policy/learning_rate": scheduler.get_last_lr()[0],
     }

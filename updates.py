@@ -8,34 +8,32 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from batches import micro_batches
+from batches import MicroBatches, reduce_gradients
 from losses import kl_penalty, loss_weights, policy_loss, value_loss
 from rollouts import RolloutBatch
 
 
 @torch.no_grad()
 def score_rollout(
-    policy: Any, batch: RolloutBatch, accelerator: Accelerator, config: Any
+    policy: Any, batch: RolloutBatch, micro_batches: MicroBatches, config: Any
 ) -> dict[str, Tensor]:
     """`old_logprobs` of the rollout's completions under a policy, and its critic's `values`, `[B, T]`."""
-    rows = range(len(batch.lengths))
+    accelerator = micro_batches.accelerator
     told: dict[str, Tensor] = {}
-    policy.eval()
-    for chosen, scale, _ in micro_batches(
-        accelerator, policy, batch.lengths, rows, config.micro_batch_tokens
-    ):
+
+    def tell(chosen: list[int], scale: float) -> None:
         inputs = model_inputs(batch.select(chosen, accelerator.device))
         with accelerator.autocast():  # a reference is not prepared, and must compute as the policy does
             logprobs, _, values = policy(**inputs, temperature=config.temperature)
-        if not scale:
-            continue  # a filler's
         for name, figures in (("old_logprobs", logprobs), ("values", values)):
-            if figures is not None:
+            if figures is not None and scale:  # not a filler's
                 whole = told.setdefault(name, torch.zeros(batch.tensors["completion_mask"].shape))
                 whole[chosen, : figures.shape[1]] = figures.cpu()
+
+    policy.eval()
+    micro_batches.run(batch.lengths, range(len(batch.lengths)), tell)
     return told
 
 
@@ -60,7 +58,7 @@ def update(
     policy: Any,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
-    accelerator: Accelerator,
+    micro_batches: MicroBatches,
     batch: RolloutBatch,
     rows: list[int],
     config: Any,
@@ -70,6 +68,7 @@ def update(
     """One optimizer step on a minibatch; the gradient depends neither on the micro-batches nor on the
     processes. With `critic_only` the policy stays as it is.
     """
+    accelerator = micro_batches.accelerator
     mask = batch.tensors["completion_mask"][rows]
     totals = accelerator.reduce(
         torch.tensor([int(mask.any(1).sum()), int(mask.sum())], device=accelerator.device)
@@ -80,18 +79,20 @@ def update(
     # Where nothing else is in the loss, rows of zero advantage have zero gradient: they cost nothing.
     needs_all = kl_coef or config.entropy_coef or config.baseline == "critic"
     learning = [row for row in rows if needs_all or batch.advantages[row].any()]
-    policy.train()
-    sums = dict.fromkeys(("tokens", "loss", "value_loss", "ratio_max"), 0.0)
-    for chosen, scale, context in micro_batches(
-        accelerator, policy, batch.lengths, learning, config.micro_batch_tokens
-    ):
+    sums: dict[str, float] = {}
+
+    def restart() -> None:
+        optimizer.zero_grad()
+        sums.clear()
+        sums.update(dict.fromkeys(("tokens", "loss", "value_loss", "ratio_max"), 0.0))
+
+    def learn(chosen: list[int], scale: float) -> None:
         tensors = batch.select(chosen, accelerator.device)
         length = tensors["completion_mask"].shape[1]
         for name, values in (("advantages", batch.advantages), ("weights", weights * scale)):
             tensors[name] = values[chosen, :length].to(accelerator.device)
-        with context:
-            loss, stats = micro_loss(policy, tensors, config, kl_coef)
-            accelerator.backward(loss * accelerator.num_processes)
+        loss, stats = micro_loss(policy, tensors, config, kl_coef)
+        accelerator.backward(loss * accelerator.num_processes)
         sums["loss"] += float(loss.detach())
         sums["ratio_max"] = max(sums["ratio_max"], stats.pop("ratio_max"))
         sums["value_loss"] += stats.pop("value_loss", 0.0)
@@ -99,6 +100,14 @@ def update(
         sums["tokens"] += tokens
         for name, mean in stats.items():
             sums[name] = sums.get(name, 0.0) + mean * tokens
+
+    policy.train()
+    restart()
+    # Processes meet once, when all have come through: one that runs out of memory would leave the others
+    # waiting for it.
+    with accelerator.no_sync(policy):
+        micro_batches.run(batch.lengths, learning, learn, restart)
+    reduce_gradients(accelerator, policy)
     if critic_only:
         for parameter in accelerator.unwrap_model(policy).model.parameters():
             parameter.grad = None

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from inference import Completion, SamplingParams, StreamedToken
 from inference.decoders import make_decoder
 from inference.sampling import choose
+from memory import free_memory, is_out_of_memory, release_memory
 
 # More rows than this at once gain nothing: each costs its own.
 MAX_ROWS = 512
@@ -61,6 +61,7 @@ class TorchEngine:
         """
         self.model = model
         self.max_cache_tokens = max_cache_tokens
+        self.max_rows = MAX_ROWS  # halved where memory runs out
         configured = getattr(model.generation_config, "eos_token_id", None)
         configured = configured if isinstance(configured, list) else [configured]
         stop = {tokenizer.eos_token_id, *configured} - {None}
@@ -84,11 +85,24 @@ class TorchEngine:
         keys = [
             (*seed, first_prompt + prompt, sample) for prompt in range(len(prompts)) for sample in range(n)
         ]
-        with _evaluating(self.model):
-            for row, completion in self._decode(prompts, n, params, keys):
-                results[row // n][row % n] = completion
-                if on_completion:
-                    on_completion(row // n, row % n, completion)
+        rows = list(range(len(keys)))
+        while rows:
+            ran_out = False
+            try:
+                with _evaluating(self.model):
+                    for row, completion in self._decode(prompts, n, params, keys, rows):
+                        results[row // n][row % n] = completion
+                        if on_completion:
+                            on_completion(row // n, row % n, completion)
+            except (RuntimeError, MemoryError) as error:
+                if self.max_rows == 1 or not is_out_of_memory(error):
+                    raise
+                ran_out = True
+            rows = [row for row in rows if results[row // n][row % n] is None]
+            if ran_out:
+                # Whoever has ended has ended; a completion does not depend on how many decode beside it.
+                self.max_rows = max(1, min(self.max_rows, len(rows)) // 2)
+                release_memory()
         return results
 
     def stream(
@@ -118,28 +132,35 @@ class TorchEngine:
                 f"a prompt of {positions - limit} tokens and a completion of {limit} need {positions} cache "
                 f"positions, and memory has {most}; give a smaller max_completion_tokens or shorter prompts"
             )
-        slots = min(len(prompts) * n, MAX_ROWS, most // positions)
+        slots = min(len(prompts) * n, self.max_rows, most // positions)
         return make_decoder(self.model, slots, positions), slots
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, keys: list[tuple[int, ...]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        keys: list[tuple[int, ...]],
+        todo: list[int],
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (row, completion) as rows finish; row = prompt x n + sample, and rows begin in that order."""
+        """Yield (row, completion) of the rows `todo` as they finish; they begin in that order.
+
+        A row is prompt x n + sample.
+        """
         limit, device = params.max_completion_tokens, self.model.device
         decoder, slots = self._make_decoder(prompts, n, limit)
         # A row keeps its seat while the decoder moves it from slot to slot.
         seats = Seats(slots, limit, device)
         begun = 0
         logits: Tensor | None = None
-        while begun < len(keys) or decoder.live:
-            room = min(decoder.room(), len(keys) - begun)
-            if room:
-                rows = range(begun, begun + room)
+        while begun < len(todo) or decoder.live:
+            rows = todo[begun : begun + decoder.room()]
+            if rows:
                 copies = Counter(row // n for row in rows)
                 fresh = decoder.admit([prompts[prompt] for prompt in copies], list(copies.values()))
                 logits = fresh if logits is None else torch.cat([logits, fresh])
                 seats.take(rows, [keys[row] for row in rows])
-                begun += room
+                begun += len(rows)
             token, logprob = choose(logits, params, seats.uniforms())
             seats.write(token, logprob)
             stopped = torch.isin(token, self.stop_token_ids)
@@ -214,10 +235,3 @@ def cache_bytes(model: nn.Module) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size * torch.finfo(model.dtype).bits // 8
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that nothing uses on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

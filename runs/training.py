@@ -50,8 +50,9 @@ class TrainingConfig:
     """Of matrices; norms and biases are left alone."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    micro_batch_tokens: int = 16384
-    """Tokens (padding included) that go through the model at once; fewer save memory, the gradient stays."""
+    micro_batch_tokens: int | None = None
+    """Tokens (padding included) that go through the model at once; if not given, 4,096 on a CPU and 16,384 on
+    a GPU. Where memory runs out they are halved and the update is done again; the gradient stays."""
 
     eval_every: int
     """Steps between evaluations on the validation split; 0 for none."""
@@ -68,7 +69,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
-        require(self, "total_steps", "max_prompt_tokens", "micro_batch_tokens", at_least=1)
+        require(self, "total_steps", "max_prompt_tokens", at_least=1)
+        if self.micro_batch_tokens is not None:
+            require(self, "micro_batch_tokens", at_least=1)
         require(self, "eval_limit", "save_every", "keep_checkpoints", at_least=1)
         require(self, "seed", "eval_every", "warmup_steps", "weight_decay", "lora_rank", at_least=0)
         require(self, "learning_rate", "max_grad_norm", above=0)

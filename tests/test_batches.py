@@ -1,4 +1,4 @@
-from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import batches
-from batches import micro_batches, pad_batch, plan_micro_batches
+from batches import MicroBatches, pad_batch, plan_micro_batches
+from runs.config import RunStopped
 
 
 def test_prompts_end_and_completions_start_in_one_column():
@@ -55,32 +56,82 @@ def test_a_plan_fills_its_budget():
     assert plan_micro_batches([(6, 2), (2, 6)], range(2), 24) == [[0, 1]]
 
 
-class FakeAccelerator:
-    """Its contexts tell for which module gradients stay unsynchronised."""
+# ------------------------------------------------------------------------------------------------------------
+# Parts that memory holds
 
-    def no_sync(self, module):
-        return nullcontext(module)
-
-
-def unsynchronised(got):
-    """The module of each micro-batch whose gradients stay where they are; None where they are shared."""
-    return [context.enter_result for _, _, context in got]
+CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 
 
-def test_every_process_runs_equally_many_and_synchronises_on_the_last(monkeypatch):
-    accelerator, policy = FakeAccelerator(), torch.nn.Linear(1, 1)
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr(batches, "gather_object", lambda values: values)
+
+
+def test_every_process_works_through_equally_many_parts(monkeypatch):
     sent = []
-    monkeypatch.setattr(batches, "gather_object", lambda counts: sent.append(counts) or [4, *counts, 1])
+    monkeypatch.setattr(
+        batches, "gather_object", lambda v: sent.append(v) or ([4, *v, 1] if len(sent) == 1 else v)
+    )
+    got = []
     lengths = [(5, 5), (5, 4), (1, 2), (3, 3)]
-    got = list(micro_batches(accelerator, policy, lengths, [0, 1, 3], token_budget=20))
-    assert sent == [[2]]
-    assert [(rows, scale) for rows, scale, _ in got] == [([0, 1], 1.0), ([3], 1.0), ([2], 0.0), ([2], 0.0)]
-    assert unsynchronised(got) == [policy, policy, policy, None]
+    MicroBatches(CPU, 20).run(lengths, [0, 1, 3], lambda rows, scale: got.append((rows, scale)))
+    assert sent[0] == [2]
+    assert got == [([0, 1], 1.0), ([3], 1.0), ([2], 0.0), ([2], 0.0)]
 
 
-def test_a_process_without_a_row_still_takes_part(monkeypatch):
-    accelerator, policy = FakeAccelerator(), torch.nn.Linear(1, 1)
-    monkeypatch.setattr(batches, "gather_object", lambda counts: counts)
-    got = list(micro_batches(accelerator, policy, [(2, 2), (1, 1)], [], token_budget=20))
-    assert [(rows, scale) for rows, scale, _ in got] == [([1], 0.0)]
-    assert unsynchronised(got) == [None]
+def test_a_process_without_a_row_still_takes_part():
+    got = []
+    MicroBatches(CPU, 20).run([(2, 2), (1, 1)], [], lambda rows, scale: got.append((rows, scale)))
+    assert got == [([1], 0.0)]
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    MemoryError(),
+    RuntimeError("std::bad_alloc"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_where_memory_runs_out_everything_is_done_again_in_smaller_parts(error):
+    done, restarts = [], []
+
+    def work(rows, scale):
+        if len(rows) > 2 or (3 in rows and len(rows) > 1):
+            raise error
+        done.append(rows)
+
+    micro_batches = MicroBatches(CPU, None)
+    lengths = [(4, 4)] * 4
+    micro_batches.run(lengths, range(4), work, lambda: restarts.append(list(done)) or done.clear())
+    assert done == [[0], [1], [2], [3]]
+    assert restarts == [[], [[0, 1]]]  # four at once, then two at once of which the second failed
+    assert micro_batches.memory == [None, 8]
+    # A resume begins where this one ended, another configuration does not.
+    assert MicroBatches(CPU, None, micro_batches.memory).tokens == 8
+    assert MicroBatches(CPU, 64, micro_batches.memory).tokens == 64
+
+
+def test_another_process_running_out_restarts_this_one(monkeypatch):
+    monkeypatch.setattr(batches, "gather_object", lambda v: [*v, (True, 1)] if v == [(False, 4)] else v)
+    done = []
+    micro_batches = MicroBatches(CPU, 32)
+    micro_batches.run([(4, 4)] * 4, range(4), lambda rows, scale: done.append(rows), done.clear)
+    assert done == [[0, 1], [2, 3]]
+
+
+def test_a_single_sequence_that_does_not_fit_stops_the_run_with_the_remedy():
+    def work(rows, scale):
+        raise OUT_OF_MEMORY[0]
+
+    with pytest.raises(RunStopped, match="single sequence of up to 9 tokens; give a smaller --max"):
+        MicroBatches(CPU, 9).run([(4, 5), (1, 1)], range(2), work)
+
+
+def test_any_other_error_is_a_bug():
+    def work(rows, scale):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        MicroBatches(CPU, 20).run([(4, 5)], range(1), work)

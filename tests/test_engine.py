@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from batches import pad_batch
-from inference import SamplingParams
+from inference import SamplingParams, decoders
 from inference.engine import TorchEngine, cache_bytes, row_uniforms
 from inference.sampling import warp
 from models import Policy
@@ -218,6 +218,28 @@ def test_waiting_rows_take_the_places_of_those_that_end_within_the_budget(model,
         assert shape == (4,) or len(shape) == 2 or len(following) == 2
     assert len(prefills) > 3
     assert sum(steps) == sum(len(c.token_ids) - 1 for group in whole for c in group)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_out_of_memory_costs_rows_at_once_and_no_completion(random_model, architecture, monkeypatch):
+    model = random_model(architecture)
+    whole = TorchEngine(model, tokenizer()).generate(PROMPTS, 2, WARM, (3,))
+    kind = decoders.LlamaDecoder if architecture == "qwen2" else decoders.LibraryDecoder
+    advance, told = kind.advance, []
+
+    def failing(self, tokens):
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return advance(self, tokens)
+
+    monkeypatch.setattr(kind, "advance", failing)
+    engine = TorchEngine(model, tokenizer())
+    assert_same(engine.generate(PROMPTS, 2, WARM, (3,), on_completion=lambda *a: told.append(a[:2])), whole)
+    assert engine.max_rows == 3
+    assert sorted(told) == [(p, s) for p in range(6) for s in range(2)]
+    monkeypatch.setattr(kind, "advance", lambda self, tokens: failing(self, [0] * 4))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate(PROMPTS, 2, WARM, (3,))
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])

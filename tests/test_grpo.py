@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from batches import MicroBatches
 from credit import credit
 from data import Problem
 from inference import Completion
@@ -74,7 +75,8 @@ def gradient(policy, accelerator, settings, batch, rows=None):
     rows = rows or list(range(len(batch.lengths)))
     # A clipped gradient would hide a wrong scale.
     settings = replace(settings, max_grad_norm=1e9)
-    told = update(policy, optimizer, scheduler, accelerator, batch, rows, settings, settings.kl_coef)
+    micro_batches = MicroBatches(accelerator, settings.micro_batch_tokens)
+    told = update(policy, optimizer, scheduler, micro_batches, batch, rows, settings, settings.kl_coef)
     return torch.cat([g.flatten() for g in taken]), told
 
 
@@ -98,6 +100,29 @@ def test_micro_batches_leave_the_gradient_the_same(policy, critical, accelerator
     for budget in (1, 40, 80):
         split, _ = gradient(policy, accelerator, replace(settings, micro_batch_tokens=budget), batch)
         assert (split - whole).norm() / whole.norm() <= 1e-6
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_out_of_memory_in_the_backward_pass_leaves_the_gradient_and_what_is_told_the_same(
+    policy, critical, accelerator, algo, monkeypatch
+):
+    policy = critical if algo == "ppo" else policy
+    settings = config(algo=algo, updates_per_rollout=1)
+    batch = make_batch(policy, accelerator, settings, [group(i, rewards) for i, rewards in enumerate(MIXED)])
+    whole, told = gradient(policy, accelerator, settings, batch)
+    backward, calls = accelerator.backward, []
+
+    def failing(loss):
+        calls.append(loss)
+        backward(loss)  # a partial gradient is there
+        if len(calls) in (1, 3):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(accelerator, "backward", failing)
+    halved, told_again = gradient(policy, accelerator, settings, batch)
+    assert len(calls) >= 3 + 3
+    assert (halved - whole).norm() / whole.norm() <= 1e-6
+    assert told_again == pytest.approx(told, rel=1e-5, abs=1e-6)
 
 
 def test_the_first_update_has_ratio_one_no_loss_and_a_gradient(policy, accelerator):

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from oracles import GROUP_SIZE, LIMIT, PROMPTS, ROWS, TOKENS, rollout
 from torch import nn
 
+from batches import MicroBatches
 from credit import credit
 from data import Problem
 from inference import Completion
@@ -90,7 +91,7 @@ def learn(accelerator, settings, data, order=range(PROMPTS)):
 
     movers = table, SimpleNamespace(step=step, zero_grad=table.zero_grad), SimpleNamespace(step=lambda: None)
     rows = list(range(len(batch.lengths)))
-    told = update(*movers, accelerator, batch, rows, settings, settings.kl_coef)
+    told = update(*movers, MicroBatches(accelerator, 10_000), batch, rows, settings, settings.kl_coef)
     return told["loss"], taken
 
 
