@@ -26,7 +26,7 @@ from data import Problem, load_problems, take
 from exam import hold_shared_exam
 from inference import SamplingParams
 from inference.engine import TorchEngine
-from memory import is_out_of_memory
+from memory import is_out_of_memory, peak_memory
 from models import (
     ADAPTER,
     Policy,
@@ -392,6 +392,9 @@ def train_step(training: Training) -> None:
     metrics["time/score_s"] = training.scorer.waited_s - waited_s
     metrics["time/generate_s"] = rolled_out - began - metrics["time/score_s"]
     metrics["time/update_s"] = time.perf_counter() - rolled_out
+    tokens = metrics["rollout/completion_tokens"] * metrics["rollout/completions"]
+    metrics["rollout/tokens_per_s"] = tokens / (rolled_out - began)
+    metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
     run.log.step(run.step, metrics)
     run.log.rollouts(gather_object(rollout_rows(groups, batch, run.step)))
     carry_over(training, metrics, fresh)

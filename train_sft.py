@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from batches import MicroBatches, pad_batch, reduce_gradients
 from data import Problem, load_problems, take
@@ -22,6 +23,7 @@ from exam import hold_shared_exam
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from losses import loss_weights
+from memory import peak_memory
 from models import TINY, Policy, add_adapter, load_model, load_tokenizer, make_accelerator
 from optimizers import make_optimizer, make_scheduler
 from prompts import encode_prompt
@@ -148,7 +150,9 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
             run.memory["budget"] = micro_batches.memory
             run.step += 1
             run.drawn += config.examples_per_step
-            run.log.step(run.step, {**metrics, "time/update_s": time.perf_counter() - began})
+            metrics["time/update_s"] = time.perf_counter() - began
+            metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
+            run.log.step(run.step, metrics)
             is_last = run.step == config.total_steps
             if config.eval_every and (run.step % config.eval_every == 0 or is_last):
                 run.evaluated(

@@ -27,6 +27,8 @@ COLUMNS = (
     ("time/generate_s", "generate", "6.2f"),
     ("time/score_s", "score", "6.2f"),
     ("time/update_s", "update", "6.2f"),
+    ("rollout/tokens_per_s", "tokens/s", "7,.0f"),
+    ("memory/peak_mib", "MiB", "6,.0f"),
 )
 
 

@@ -22,6 +22,8 @@ STEP = {
     "time/generate_s": 1.5,
     "time/score_s": 0.25,
     "time/update_s": 12.25,
+    "rollout/tokens_per_s": 12345.6,
+    "memory/peak_mib": 2048.0,
 }
 
 

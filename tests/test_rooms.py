@@ -40,7 +40,7 @@ ROOMS = {
     "inference.chat": ["inference.*", "models", "prompts"],
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
-        *["batches", "data", "exam", "losses", "models", "optimizers", "prompts"],
+        *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "prompts"],
         *["inference.*", "runs.*"],
     ],
     "train_grpo": [

@@ -265,6 +265,7 @@ def metrics_of(tmp_path, name, **changes):
     return lines(tmp_path / name / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_the_coefficient_goes_after_its_target_and_the_reference_follows(tmp_path):
     fixed = metrics_of(tmp_path, "fixed", kl_coef=0.1)
     assert [step["policy/kl_coef"] for step in fixed] == [0.1] * 3
@@ -288,6 +289,7 @@ def test_replayed_groups_are_learned_from_again_by_their_probability_now(tmp_pat
     assert without[1]["policy/grad_norm"] != pytest.approx(replayed[1]["policy/grad_norm"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_lora_policy_is_its_own_reference_and_is_saved_as_an_adapter(random_qwen, tmp_path, monkeypatch):
     loaded = []
     load = models_module.load_model
