@@ -4,6 +4,7 @@ rewards, laid out as tensors, and told in numbers and lines.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,12 +207,13 @@ def count(groups: Sequence[Group]) -> dict[str, Any]:
         "groups": len(groups),
         "same": sum(not group.has_signal for group in groups),
         "parts": {name: (sum(values), len(values)) for name, values in parts.items()},
+        "logged": [group.scores.metrics for group in groups],
     }
 
 
 def rollout_metrics(counts: list[dict[str, Any]]) -> dict[str, float]:
-    """The rollout's metrics from every process' count;
-    shares are in [0, 1], `rewards/...` are unweighted means.
+    """The rollout's metrics from every process' count; shares are in [0, 1], `rewards/...` unweighted means,
+    `logged/...` those of what reward functions logged.
     """
 
     def total(name: str) -> float:
@@ -230,7 +232,11 @@ def rollout_metrics(counts: list[dict[str, Any]]) -> dict[str, float]:
     for name in counts[0]["parts"]:
         sums, sizes = zip(*(count["parts"][name] for count in counts), strict=True)
         metrics[f"rewards/{name}"] = sum(sums) / sum(sizes) if sum(sizes) else 0.0
-    return metrics
+    logged: dict[str, list[float]] = {}
+    for of_group in (of_group for count in counts for of_group in count["logged"]):
+        for name, values in of_group.items():
+            logged.setdefault(name, []).extend(values)
+    return metrics | {f"logged/{name}": fmean(values) for name, values in logged.items()}
 
 
 def rollout_rows(groups: Sequence[Group], batch: RolloutBatch, step: int) -> list[dict[str, Any]]:
@@ -258,6 +264,7 @@ def rollout_rows(groups: Sequence[Group], batch: RolloutBatch, step: int) -> lis
             "advantage": learned[id(group)][i] if id(group) in learned else None,
             "tokens": len(group.completions[i].token_ids),
             "finish_reason": group.completions[i].finish_reason,
+            "logged": {name: values[i] for name, values in group.scores.extra.items()},
         }
         for group in groups
         for i in range(len(group.texts))

@@ -3,8 +3,8 @@
 A reward function has TRL's signature: `f(completions, **columns) -> list[float | None]`, with one entry a
 completion. It gets the keyword arguments that it names, or all of them if it takes `**kwargs`: `prompts`,
 `completions`, `completion_ids`, `group_size`, `max_completion_tokens`, `trainer_state` (`global_step` and
-`max_steps`), `correct` (the judge's verdicts), `questions`, `gold`, and every column of the dataset. `None`
-means "does not apply" and leaves the sum.
+`max_steps`), `log_extra`, `log_metric`, `correct` (the judge's verdicts), `questions`, `gold`, and every
+column of the dataset. `None` means "does not apply" and leaves the sum.
 """
 
 import asyncio
@@ -111,6 +111,8 @@ class Scores:
         correct: the judge's verdicts; None where undecided, or where there is no gold.
         extracted: the answers that were judged.
         undecided: no verdict, or no value, within the time limit.
+        metrics: numbers that functions logged by name.
+        extra: values that they logged, one a completion.
     """
 
     total: list[float]
@@ -118,6 +120,8 @@ class Scores:
     correct: list[bool | None]
     extracted: list[str | None]
     undecided: list[bool]
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -272,9 +276,35 @@ def score(reward_set: RewardSet, completions: list[str], columns: Mapping[str, A
         RewardError: a function raised, or returned something other than a finite number or None for each.
     """
     correct, extracted, undecided = judge_all(completions, columns)
-    columns = {**columns, "correct": correct}
+    notes = Notes(len(completions))
+    columns = {**columns, "correct": correct, **notes.columns}
     parts = {reward.name: call_reward(reward, completions, columns) for reward in reward_set.rewards}
-    return Scores(weighted_sum(reward_set, parts), parts, correct, extracted, undecided)
+    total = weighted_sum(reward_set, parts)
+    return Scores(total, parts, correct, extracted, undecided, notes.metrics, notes.extra)
+
+
+class Notes:
+    """What functions log beside their values, through TRL's `log_metric` and `log_extra`."""
+
+    def __init__(self, count: int) -> None:
+        """Nothing yet, of `count` completions."""
+        self.count = count
+        self.metrics: dict[str, list[float]] = {}
+        self.extra: dict[str, list[Any]] = {}
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The two functions under their names, for those that ask for them."""
+        return {"log_metric": self._log_metric, "log_extra": self._log_extra}
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def _log_extra(self, column: str, values: Sequence[Any]) -> None:
+        if len(values) != self.count:
+            raise ValueError(f"log_extra({column!r}) takes {self.count} values, got {len(values)}")
+        plain = (str, int, float, bool, type(None))
+        self.extra[column] = [value if isinstance(value, plain) else str(value) for value in values]
 
 
 def judge_problem(

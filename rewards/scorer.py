@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from rewards import (
+    Notes,
     RewardError,
     RewardSet,
     Scores,
@@ -27,6 +28,7 @@ from rewards.processes import Child, ChildDied, OutOfTime, serve
 # Long enough for a whole group of slow but honest judgements; a function that needs more hangs.
 DEADLINE_S = 60.0
 JUDGE = "judge"  # stands first among the names that a worker is asked for
+NOTES = "notes"  # under which it tells what functions logged
 
 _Scored = tuple[Scores, list[str], dict[str, Any]]
 
@@ -114,10 +116,12 @@ class Scorer:
         nothing = [None] * len(completions)
         is_judged = [gold is not None for gold in columns.get("gold") or nothing]
         columns["correct"], extracted, undecided = answers.get(JUDGE, (nothing, nothing, is_judged))
-        if len(answers) < len(self._patience_s):
+        if not self._patience_s.keys() <= answers.keys():
             undecided = [True] * len(completions)
         parts = {reward.name: answers.get(reward.name, nothing) for reward in self.reward_set.rewards}
-        return Scores(weighted_sum(self.reward_set, parts), parts, columns["correct"], extracted, undecided)
+        metrics, extra = answers.get(NOTES, ({}, {}))
+        total = weighted_sum(self.reward_set, parts)
+        return Scores(total, parts, columns["correct"], extracted, undecided, metrics, extra)
 
     def _ask_one_by_one(
         self, child: Child, completions: list[str], columns: dict[str, Any]
@@ -127,7 +131,10 @@ class Scorer:
         columns = {**columns, "correct": [None] * len(completions)}
         for name in self._patience_s:
             try:
-                answers |= self._ask(child, [name], completions, columns)
+                said = self._ask(child, [name], completions, columns)
+                for noted, new in zip(answers.setdefault(NOTES, ({}, {})), said.pop(NOTES), strict=True):
+                    noted.update(new)
+                answers |= said
             except OutOfTime:
                 limit_s = self.deadline_s + self._patience_s[name] * len(completions)
                 print(f"reward {name!r} took longer than {limit_s:g} s: undecided", file=sys.stderr)
@@ -163,6 +170,8 @@ def _answer(message: Any) -> tuple[bool, Any]:
         if key not in _parsed:
             _parsed[key] = parse_rewards(spec)
         rewards = {reward.name: reward for reward in _parsed[key].rewards}
+        notes = Notes(len(completions))
+        columns.update(notes.columns)
         for name in names:
             if name == JUDGE:
                 answers[JUDGE] = judge_all(completions, columns)
@@ -171,7 +180,7 @@ def _answer(message: Any) -> tuple[bool, Any]:
                 answers[name] = call_reward(rewards[name], completions, columns)
     except (RewardError, ValueError) as error:
         return True, str(error)
-    return False, answers
+    return False, answers | {NOTES: (notes.metrics, notes.extra)}
 
 
 def main() -> None:

@@ -70,6 +70,15 @@ async def later(completions, **kwargs):
     await asyncio.sleep(0.01)
     return [len(completion) for completion in completions]
 
+def logs(completions, log_extra, log_metric, **kwargs):
+    log_extra("length", [len(completion) for completion in completions])
+    log_metric("longest", max(len(completion) for completion in completions))
+    return [0.0] * len(completions)
+
+def logs_badly(completions, log_extra, **kwargs):
+    log_extra("length", [1])
+    return [0.0] * len(completions)
+
 def hang(completions, **kwargs):
     if "hang" in completions[0]:
         time.sleep(60)
@@ -178,6 +187,7 @@ BROKEN = [
     ("short", "list of 2 numbers or None, got 1 values for 2 completions, the first: .*Two and two"),
     ("huge", "returned 10000.* for sample 1"),
     ("vectors", r"returned array\(\[1., 2.\]\) for sample 1"),
+    ("logs_badly", r"log_extra\('length'\) takes 2 values, got 1"),
     ("longer", "list of 2 numbers or None, got 3 values"),
     ("words", "returned 'good' for sample 0"),
     ("nan", "returned nan for sample 1"),
@@ -245,6 +255,17 @@ def test_workers_score_as_the_process_itself_and_keep_the_order(functions):
             scorer.submit(group, columns)
         assert scorer.results() == [score(rewards, group, columns) for group in groups]
         assert scorer.results() == []
+
+
+@pytest.mark.parametrize("names", [["logs"], ["logs", "hang"]])
+def test_what_a_function_logs_comes_back_with_the_scores(functions, names):
+    rewards = parse_rewards({f"{functions}:{name}": 1.0 for name in names})
+    with Scorer(rewards, deadline_s=1.0) as scorer:
+        scorer.submit(["hang", "x"], {})
+        (scores,) = scorer.results()
+    assert scores.metrics == {"longest": [4.0]}
+    assert scores.extra == {"length": [4, 1]}
+    assert scores.undecided == [len(names) == 2] * 2
 
 
 def test_handing_in_a_group_does_not_wait_for_its_scores(functions):

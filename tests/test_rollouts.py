@@ -4,13 +4,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from scripted import ByteTokenizer
 
 from data import load_problems
 from inference import Completion
 from rewards import parse_rewards
 from rewards.scorer import Scorer
-from rollouts import roll_out
+from rollouts import count, roll_out, rollout_metrics, rollout_rows
 from tasks import Problem
 
 CONFIG = SimpleNamespace(group_size=2, max_completion_tokens=9, temperature=1.0, seed=0, total_steps=10)
@@ -43,9 +44,14 @@ def functions(tmp_path_factory):
         "            for c, q in zip(completions, questions)]\n"
         "def answers(completions, answer):\n"
         "    return [float(text.partition('#### ')[2]) for text in answer]\n"
+        "def logs(completions, questions, log_extra, log_metric):\n"
+        "    log_metric('questions', len(questions[0]))\n"
+        "    log_extra('odd', [0, 1])\n"
+        "    return [0.0, 0.0]\n"
         "def told(completions, **columns):\n"
         "    import json\n"
         "    columns['trainer_state'] = vars(columns['trainer_state'])\n"
+        "    assert callable(columns.pop('log_extra')) and callable(columns.pop('log_metric'))\n"
         "    raise ValueError(json.dumps(columns))\n"
     )
     return str(path)
@@ -107,3 +113,15 @@ def test_functions_see_every_column_of_the_data_under_its_name(tmp_path, functio
         "max_completion_tokens": 9,
         "trainer_state": {"global_step": 4, "max_steps": 10},
     }
+
+
+def test_what_functions_logged_is_told_with_the_step(functions):
+    problems = [Problem("?", "1"), Problem("??", "1")]
+    order = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    with Scorer(parse_rewards({f"{functions}:logs": 1.0})) as scorer:
+        groups = roll_out(Engine(order), Tokenizer(), problems, scorer, CONFIG, step=4, first_prompt=0)
+    assert rollout_metrics([count(groups[:1]), count(groups[1:])])["logged/questions"] == 1.5
+    batch = SimpleNamespace(
+        groups=[], tensors={"completion_mask": torch.ones(0, 1)}, advantages=torch.ones(0, 1)
+    )
+    assert [row["logged"]["odd"] for row in rollout_rows(groups, batch, 4)] == [0, 1, 0, 1]
