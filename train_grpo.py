@@ -479,6 +479,7 @@ def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
         "kl_coef": restored.get("kl_coef", config.kl_coef) if config.kl_target else config.kl_coef,
         "replay": restored.get("replay", [])[: config.replay_groups],
         "budget": restored.get("budget"),
+        "sampler": restored.get("sampler"),
     }
     moving = {"critic": critic, "reference": reference if config.ref_sync_steps else None}
     for name, module in moving.items():
@@ -491,7 +492,7 @@ def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
 def carry_over(training: Training, metrics: dict[str, float], fresh: list[Group]) -> None:
     """Get the coefficient, the reference and the replay ready for the next step."""
     config, run = training.config, training.run
-    run.memory["budget"] = training.micro_batches.memory
+    run.memory |= {"budget": training.micro_batches.memory, "sampler": training.engine.memory}
     if config.kl_target:
         # As in 1909.08593, section 2.2: proportional, and never in a hurry.
         error = min(max(metrics["policy/kl"] / config.kl_target - 1, -0.2), 0.2)
@@ -591,9 +592,11 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[
     run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
     remember(run, config, critic, reference)
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory["budget"])
+    engine = TorchEngine(model, tokenizer)
+    engine.memory = run.memory["sampler"] or engine.memory
     run.log.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     training = Training(
-        *(config, accelerator, tokenizer, problems, Scorer(reward_set), TorchEngine(model, tokenizer)),
+        *(config, accelerator, tokenizer, problems, Scorer(reward_set), engine),
         *(policy, reference, optimizer, scheduler, micro_batches, run),
     )
     return training, held_out[: config.eval_limit]

@@ -57,7 +57,7 @@ class TorchEngine:
             model: a Hugging Face causal language model, on its device; never copied.
             tokenizer: tells, with the model's generation config, the tokens that end a completion.
             max_cache_tokens: cache positions, rows x (longest prompt + completion limit), at most; None takes
-                half of the memory that is free when sampling begins.
+                half of the memory that is free when sampling first begins.
         """
         self.model = model
         self.max_cache_tokens = max_cache_tokens
@@ -66,6 +66,15 @@ class TorchEngine:
         configured = configured if isinstance(configured, list) else [configured]
         stop = {tokenizer.eos_token_id, *configured} - {None}
         self.stop_token_ids = torch.tensor(sorted(stop), device=model.device)
+
+    @property
+    def memory(self) -> list[int | None]:
+        """What a resume needs to put as many rows side by side as before; set, it takes that up."""
+        return [self.max_cache_tokens, self.max_rows]
+
+    @memory.setter
+    def memory(self, value: list[int | None]) -> None:
+        self.max_cache_tokens, self.max_rows = value
 
     def generate(
         self,
@@ -126,7 +135,9 @@ class TorchEngine:
     def _make_decoder(self, prompts: Sequence[Sequence[int]], n: int, limit: int) -> tuple[Any, int]:
         """A decoder with as many slots as fit, and how many these are."""
         positions = max(len(prompt) for prompt in prompts) + limit
-        most = self.max_cache_tokens or free_memory(self.model.device) // 2 // cache_bytes(self.model)
+        if self.max_cache_tokens is None:
+            self.max_cache_tokens = free_memory(self.model.device) // 2 // cache_bytes(self.model)
+        most = self.max_cache_tokens
         if positions > most:
             raise ValueError(
                 f"a prompt of {positions - limit} tokens and a completion of {limit} need {positions} cache "

@@ -256,7 +256,11 @@ def test_the_cache_takes_half_of_what_is_free(model, monkeypatch):
     # keys and values of 2 layers, 2 heads of 8, float64
     assert cache_bytes(model) == 2 * 2 * 2 * 8 * 8
     monkeypatch.setattr("inference.engine.free_memory", lambda device: 2 * 15 * cache_bytes(model))
-    assert len(TorchEngine(model, tokenizer()).generate(PROMPTS, 1, WARM, (3,))) == 6
+    engine = TorchEngine(model, tokenizer())
+    assert len(engine.generate(PROMPTS, 1, WARM, (3,))) == 6
+    resumed = TorchEngine(model, tokenizer())
+    resumed.memory = engine.memory
+    assert resumed.memory == [15, 512]
     monkeypatch.setattr("inference.engine.free_memory", lambda device: 2 * 15 * cache_bytes(model) - 1)
     with pytest.raises(ValueError, match="memory has 14"):
         TorchEngine(model, tokenizer()).generate(PROMPTS, 1, WARM, (3,))
