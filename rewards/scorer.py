@@ -60,6 +60,7 @@ class Scorer:
         self._patience_s = {JUDGE: 0.0} | {
             r.name: r.patience_s for r in reward_set.rewards if not r.model_name
         }
+        self._is_closed = False
         self.waited_s = 0.0  # that `results` took, in all
 
     def submit(self, completions: list[str], columns: Mapping[str, Any]) -> None:
@@ -83,6 +84,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the workers; what was not collected is lost."""
+        self._is_closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for child in self._children:
             child.close()
@@ -112,6 +114,8 @@ class Scorer:
         try:
             answers = self._ask(child, list(self._patience_s), completions, columns)
         except (OutOfTime, ChildDied):
+            if self._is_closed:  # it was `close` that ended the worker
+                raise
             answers = self._ask_one_by_one(child, completions, columns)
         nothing = [None] * len(completions)
         is_judged = [gold is not None for gold in columns.get("gold") or nothing]

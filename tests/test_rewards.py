@@ -298,7 +298,12 @@ def test_closing_does_not_wait_for_a_function_that_hangs(functions):
         scorer.submit(["hang"], {})
         time.sleep(0.3)
         start = time.monotonic()
+    # Nor does the end of the program, which waits for the threads: nobody asks again.
+    for thread in scorer._pool._threads:
+        thread.join(5.0)
+        assert not thread.is_alive()
     assert time.monotonic() - start < 5.0
+    assert all(child.process is None for child in scorer._children)
 
 
 @pytest.mark.parametrize(("name", "message"), [*BROKEN[:4], ("die", "ended its worker process")])
