@@ -441,7 +441,14 @@ def load_training_problems(config: GRPOConfig, tokenizer: Any, gold: bool) -> tu
     problems = load_problems(
         config.data, "train", limit=config.limit, require_gold=gold, **config.data_arguments()
     )
-    kept = [p for p in problems if len(encode_prompt(tokenizer, p.question)) <= config.max_prompt_tokens]
+    # A token is a byte at least: of most questions that is enough to know that they fit.
+    room = config.max_prompt_tokens - len(encode_prompt(tokenizer, ""))
+    kept = [
+        problem
+        for problem in problems
+        if len(problem.question.encode()) <= room
+        or len(encode_prompt(tokenizer, problem.question)) <= config.max_prompt_tokens
+    ]
     left_out = len(problems) - len(kept)
     told = f"{len(problems)} problems" + (f", {left_out} left out over max_prompt_tokens" if left_out else "")
     if not kept:
