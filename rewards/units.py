@@ -44,10 +44,11 @@ _OTHER_WORDS = {
         reciprocal root opposite mod modulo choose base over power nil""",
     "negations": """not no nor non never none nothing neither without except but instead rather unless if else
         otherwise isn nope cannot reject rejected refuted impossible contradiction""",
-    "hedges": """maybe perhaps might may could should would can guess think believe suppose approx approximate
-        around about circa near almost est estimate estimated rough unsure uncertain unclear doubtful probable
-        likely possible unknown either or and any also both something whatever ish wait hmm oops actually
-        sorry alternative""",
+    "doubts": """maybe perhaps might may could should possibly probably likely unlikely possible probable
+        unsure uncertain unclear doubtful either or also whatever wait hmm oops actually sorry alternative
+        alternatively correction""",
+    "hedges": """would can guess think believe suppose approx approximate around about circa near almost est
+        estimate estimated rough unknown and any both something ish""",
     "comparisons": """negative minus plus than more less fewer greater bigger
         smaller larger lower higher below above under beyond within between until to then versus vs up most
         least max maximum minimum""",
@@ -57,7 +58,10 @@ _OTHER_WORDS = {
     "maths": """i e pi sqrt sin cos tan cot csc log ln exp gcd lcm theta alpha beta infinity infty inf""",
 }
 _NUMERALS = frozenset(_NUMERAL_WORDS.split())
+_DOUBTS = frozenset(_OTHER_WORDS["doubts"].split())
+_DENIALS = _DOUBTS.union(*(_OTHER_WORDS[kind].split() for kind in ("negations", "verdicts"))) - {"but"}
 _NOT_UNITS = frozenset(word for words in _OTHER_WORDS.values() for word in words.split())
+_CHANGING = frozenset(["or", "negative", *_OTHER_WORDS["multipliers"].split()])
 _CHANGES = re.compile(r".*(?:teen|teenth|ly|illion|illionth|ieth|fold)")
 _NO_NOUN = re.compile(r".*(?:ed|able|ible|ous)")  # halved, denied, questionable: not what is counted
 _LINKS = frozenset(["of", "per", "a", "an", "the", "in", "on", "each", "at"])
@@ -161,6 +165,23 @@ def takes_back(text: str) -> bool:
     """Does a sentence have a word that negates, hedges or changes what it says?"""
     words = set(_WORD.findall(text.lower())) - set(_OTHER_WORDS["verbs"].split())
     return "n't" in text or not words.isdisjoint(_NUMERALS | _NOT_UNITS)
+
+
+def denies(text: str) -> bool:
+    """Does what stands before an answer say that it is none, or only perhaps one?"""
+    return "n't" in text or not _DENIALS.isdisjoint(_WORD.findall(text.lower()))
+
+
+def changes(word: str) -> bool:
+    """Does a word after a number make another number of it, or offer another one?"""
+    lowered = word.lower()
+    singular = lowered.removesuffix("s")
+    return singular in _NUMERALS or lowered in _CHANGING or bool(_CHANGES.fullmatch(singular))
+
+
+def doubts(text: str) -> bool:
+    """Has a reason given for an answer a word that offers another one?"""
+    return not _DOUBTS.isdisjoint(_WORD.findall(text.lower()))
 
 
 def same_unit(left: str, right: str) -> bool:

@@ -138,6 +138,17 @@ def test_answers_are_taken_from_their_strongest_place(text, answers):
     assert candidates(text) == answers
 
 
+@pytest.mark.parametrize("kind", verify_cases.REFUSED)
+def test_nothing_that_the_strongest_place_says_is_lost(kind):
+    rows = verify_cases.REFUSED[kind]
+    assert [row for row in rows if judge(*row).correct is not False] == []
+
+
+def test_common_ways_to_end_a_completion_are_read():
+    texts = verify_cases.ACCEPTED_FOR_18
+    assert [text for text in texts if judge(text, "18").correct is not True] == []
+
+
 def test_lenient_judging_also_takes_the_last_number_and_the_last_of_several():
     assert judge("so it is 17 or 18", "18").correct is False
     assert judge("so it is 17 or 18", "18", strict=False) == Verdict(True, "18", "number")

@@ -430,3 +430,74 @@ UNEQUAL_ONE_WAY = {
         ("2.3", r"2\frac13"),
     ],
 }  # fmt: skip
+
+# Whole completions and golds that they must not earn.
+REFUSED = {
+    "earlier answers in a block": [
+        ("<answer>20. The answer is 18</answer>", "18"), ("<answer>A\nAnswer: B</answer>", "B"),
+        ("<answer>17, 19, 20, correct choice is 18</answer>", "18"),
+        ("<answer>not the answer: 18</answer>", "18"), ("<answer>yes, the answer is no</answer>", "no"),
+        ("<answer>The answer is</answer> The answer is 18", "18"),
+    ],
+    "text beside the box of a block": [
+        (r"<answer>1, 2, 3, \boxed{18}</answer>", "18"), (r"<answer>wrong: \boxed{18}</answer>", "18"),
+        (r"<answer>\boxed{18} or 20</answer>", "18"), ("<answer>20\n\\boxed{18}</answer>", "18"),
+        (r"<answer>Not \boxed{18}</answer>", "18"), (r"<answer>\boxed{1}\boxed{8}</answer>", "18"),
+        (r"<answer>The answer is 20. So the answer is \boxed{18}</answer>", "18"),
+    ],
+    "several claims": [
+        ("Answer: A\nAnswer: B\nAnswer: C\nAnswer: D", "D"), ("Answer: yes\nAnswer: no", "no"),
+        ("The answer is 20. Therefore the answer is 18", "18"), ("Answer: 20\n" + "Answer: 18\n" * 9, "18"),
+    ],
+    "second thoughts": [
+        ("The answer is **18** or **20**.", "18"), ("The answer is 18 **or 20**", "18"),
+        ("The answer is 18. Or 20.", "18"), ("Answer:\n18\nor\n20", "18"), ("#### 18\nor 20", "18"),
+        ("Answer: 18\nCorrection: 20", "18"), ("Answer: 18\n20", "18"), ("The answer is 18. 20.", "18"),
+        ("Answer: 18\n\nNo, it is 20", "18"),
+    ],
+    "reasons that offer another": [
+        ("The answer is 18, since it could also be 20", "18"), ("The answer is 18 because 18 or 20", "18"),
+        ("<answer>18, since it could also be 20</answer>", "18"),
+        ("<answer>18 because 18 or 20</answer>", "18"),
+    ],
+    "boxes and blocks that differ": [
+        (r"\boxed{22} <answer>2</answer>", "2"), (r"\boxed{1818}<answer>18</answer>", "18"),
+        (r"\boxed20\boxed{18}", "18"), ("<Answer>20</Answer><answer>18</answer>", "18"),
+    ],
+    "marks that are no headings": [
+        ("#### x = 20\n#### 18", "18"), ("#### Total 20\n#### 18", "18"), ("#### 1) 20\n#### 18", "18"),
+        ("#### A\n#### B", "B"), ("#### yes\n#### no", "no"),
+    ],
+    "what touches a box": [
+        (r"-\boxed{18}", "18"), (r"$-$\boxed{18}", "18"), (r"x = - \boxed{18}", "18"), (r"\boxed{18}0", "18"),
+        (r"\boxed{18}.5", "18"), (r"$\boxed{18}$ million", "18"), (r"\boxed{18}\text{ million}", "18"),
+        (r"\boxed{18} or 20", "18"), (r"1/\boxed{18}", "18"), (r"2\boxed{18}", "18"), (r"\boxed{18}^2", "18"),
+    ],
+    "denials before a claim": [
+        ("An incorrect answer: 18", "18"), ("It is false that the answer is 18", "18"),
+        ("Perhaps the answer is 18", "18"), ("I don't think the answer is 18", "18"),
+    ],
+    "thoughts under other names": [
+        (r"<scratchpad>\boxed{18}", "18"), ("<analysis>the answer is 18</analysis>", "18"),
+        (r"[THINK]\boxed{18}", "18"), (r"[THINK]\boxed{18}[/THINK]", "18"),
+        (r"<reflection>\boxed{18}</reflection>", "18"), ("<scratchpad><answer>18</answer>", "18"),
+    ],
+}  # fmt: skip
+
+# Whole completions that earn 18.
+ACCEPTED_FOR_18 = [
+    "\\boxed{18}\n<answer>18</answer>", "Final answer 18", "####18", "The answer would be 18.",
+    "The answer to the question is 18.", r"The answer is \(18\) dollars.", "The answer is 18<|im_end|>",
+    "<answer>18<|im_end|></answer>", "#### 18<|im_end|>", "The answer is 18.</s>",
+    "Answer: Janet makes $18 every day.", "Final Answer: The final answer is $18$. I hope it is correct.",
+    "**Answer**: 18", "### Answer\n18", "The answer is\n\\[\n18\n\\]", "The answer is\n$$18$$",
+    r"<answer>\boxed{18}</answer>", r"<answer>The answer is $\boxed{18}$.</answer>",
+    r"<answer>9+9=\boxed{18}</answer>", r"<answer>She has \boxed{18} apples left.</answer>",
+    "<answer>9+9 = 18. The answer is 18.</answer>", r"**\boxed{18}**", "so\n- \\boxed{18}",
+    r"The answer is \boxed{18}!", "**Final Answer:**\n\n18",
+    "#### Step 1: Count\n9\n#### Step 2: Add\n#### 18",
+    "#### 18\n#### Explanation", "I think the answer is 18.",
+    "The answer is 18. No further steps are needed.",
+    "<analysis>9+9</analysis>The answer is 18", "He had 20 but the answer is 18",
+    r"$x=\boxed{18}$ dollars per day.", "A: 9+9=18. The answer is 18.",
+]  # fmt: skip

@@ -126,6 +126,10 @@ COMPLETIONS = {
         "<answer>" * 100_000 + "</answer>", "<answer>" * 31 + "x" * 500_000, r"\boxed{" * 100_000,
         r"\boxed{" * 1_000 + "18", "####", "#### ", "#### \n18", "18 ####",
         "<think>" + "x" * 1_000_000 + "</think><answer>19</answer>", "x" * 1_900_000 + "<answer>19</answer>",
-        "answer is" * 100_000, "",
+        "answer is" * 100_000, "", "The answer is 19." + "\n" * 19_000, "The answer is 19 " + "1." * 9_000,
+        "Answer: 19. " + "; (" * 6_000, "answer is 19\n" * 1_500, "Answer: " * 2_400 + "19",
+        "####1\n" * 3_000,
+        r"-\boxed{1}" * 100_000, "<answer>" + "so the " * 140 + "19</answer>", "[THINK]" * 100_000,
+        "<answer>" + "a, " * 330 + "</answer>", "<answer>" + " because" * 120 + "</answer>",
     ],
 }  # fmt: skip
