@@ -7,21 +7,26 @@ that contradicts itself equals nothing.
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from string import ascii_letters
 
 from rewards import algebra, evaluation, intervals
 from rewards.latex import Node
 from rewards.numeric import within_rounding
 from rewards.tokens import TooBig
+from rewards.units import takes_back
 
 Prove = Callable[[Node, Node], bool | None]
 
 MAX_ITEMS = 40
+_WORDS = re.compile(r"[a-z][a-z ]*+")
 _INFINITY = intervals.INFINITY
 _REAL_LINE = ("group", "()", (("neg", _INFINITY), _INFINITY))
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "≡": "≡"}
+_USUAL_ORDERS = (["r", "theta"], ["r", "theta", "z"], ["alpha", "beta"], ["alpha", "beta", "gamma"])
 _BRACKETS = {"<": ("(", ")"), "<=": ("[", "]"), ">": ("(", ")"), ">=": ("[", "]")}
 
 
@@ -68,8 +73,9 @@ class _Comparison:
         answer, gold = _expand_signs(answer), _expand_signs(gold)
         if answer == gold and answer[0] != "rel":
             return True
-        if _all_assignments(answer) and _all_assignments(gold):
-            return self.any_order(answer[1], gold[1])
+        named, gold_named = _assignments(answer), _assignments(gold)
+        if _all_assignments(named) and _all_assignments(gold_named):
+            return self.any_order(named[1], gold_named[1])
         if _is_condition(answer) and _is_condition(gold):
             names, gold_names = intervals.variables(answer), intervals.variables(gold)
             if names and gold_names and names != gold_names:
@@ -80,35 +86,31 @@ class _Comparison:
                     return verdict
         if gold[0] == "rel" and answer[0] == "rel":
             verdict = self.same_relation(answer, gold)
-            if verdict is not False:
+            if verdict is not False or not _may_drop_names(answer, gold):
                 return verdict
-            if not (_is_assignment(gold) or _is_order(gold)):
-                return False
-            if _is_assignment(gold) and not self.same_names(answer, gold):
-                return False
         answer, gold = self.bare(answer), self.bare(gold)
         if answer is None or gold is None or "rel" in (answer[0], gold[0]):
             return False
         return self.same_value(answer, gold)
 
-    def same_names(self, answer: Node, gold: Node) -> bool:
-        return _is_assignment(answer) and answer[2][0] == gold[2][0]
-
     def bare(self, node: Node) -> Node | None:
         """A node without the name in front of it, as an interval
-        where it is an inequality; None for a contradiction.
+        where it is an inequality; None for a contradiction,
+        and where the names are needed to tell the values apart.
         """
         if node[0] in ("list", "set"):
             parts = [item if _is_order(item) or item[0] != "rel" else self.bare(item) for item in node[1]]
             if None in parts:
                 return None
-            names = {item[2][0] for item in node[1] if _is_assignment(item)}
-            return ("group", "()", tuple(parts)) if len(names) > 1 else (node[0], tuple(parts))
+            names = [item[2][0] for item in node[1] if _is_assignment(item)]
+            if len(set(names)) < 2:
+                return (node[0], tuple(parts))
+            return ("group", "()", tuple(parts)) if _are_in_order(names) else None
         if node[0] != "rel":
             return _REAL_LINE if node == ("const", "R") else node
         operators, sides = node[1], node[2]
         if operators == ("in",):
-            return self.bare(sides[1])
+            return self.bare(sides[1]) if _is_name(sides[0]) else None
         if _is_order(node):
             return _as_interval(node) or node
         if operators == ("!=",) and sides[0][0] == "sym":
@@ -148,7 +150,7 @@ class _Comparison:
             return in_place and all_of([self.same(left_a, left_b), self.same(right_a, right_b)])
         difference_a, difference_b = ("+", left_a, ("neg", right_a)), ("+", left_b, ("neg", right_b))
         sign = algebra.proportional(difference_a, difference_b)
-        if sign is None:
+        if sign is None or not _has(gold, "sym"):
             in_place = operator_a == operator_b and all_of(
                 [self.same(left_a, left_b), self.same(right_a, right_b)]
             )
@@ -216,7 +218,9 @@ class _Comparison:
         left = list(answers)
         undecided = False
         for gold in golds:
-            verdicts = [self.same(answer, gold) for answer in left]
+            verdicts = [
+                (answer[0] == "set") is (gold[0] == "set") and self.same(answer, gold) for answer in left
+            ]
             if True in verdicts:
                 left.pop(verdicts.index(True))
             elif None in verdicts:
@@ -289,12 +293,35 @@ def _is_expression(node: Node) -> bool:
 
 def _is_name(node: Node) -> bool:
     """`x`, `x_1`, `f(x)`, words: what a value is assigned to."""
-    if node[0] == "fn" and node[1][0] in "fgh" and node[1] != "floor":
-        return True
+    if node[0] == "fn":  # but no factorial, floor or gcd
+        return node[1].partition("_")[0] in ("f", "g", "h")
+    if node[0] == "text":
+        return _WORDS.fullmatch(node[1]) is not None and not takes_back(node[1])
     if node[0] == "group":  # (x, y) = (1, 2)
-        return all(item[0] == "sym" for item in node[2])
+        return _are_in_order(node[2])
     product_of_symbols = node[0] == "*" and all(part[0] == "sym" for part in node[1:])  # AB = 5
-    return node[0] in ("sym", "text") or product_of_symbols
+    return node[0] == "sym" or product_of_symbols
+
+
+def _are_in_order(symbols: Sequence[Node]) -> bool:
+    """May these names be left out, as everyone puts them in this order? (x, y), but not (y, x) or (b, m)."""
+    names = [symbol[1] for symbol in symbols if symbol[0] == "sym"]
+    if len(names) < len(symbols):
+        return False
+    if all(len(name) == 1 for name in names):
+        return "".join(names) in ascii_letters
+    indexed = len({name.partition("_")[0] for name in names}) == 1
+    return (indexed and names == sorted(names)) or names in _USUAL_ORDERS
+
+
+def _assignments(node: Node) -> Node:
+    """`(x, y) = (1, 2)` as `x = 1, y = 2`; other nodes as they are."""
+    if node[0] != "rel" or node[1] != ("=",) or not node[2][0][0] == node[2][1][0] == "group":
+        return node
+    names, values = (side[2] for side in node[2])
+    if len(names) != len(values) or any(name[0] != "sym" for name in names):
+        return node
+    return ("list", tuple(("rel", ("=",), pair) for pair in zip(names, values, strict=True)))
 
 
 def _is_assignment(node: Node) -> bool:
@@ -307,6 +334,19 @@ def _all_assignments(node: Node) -> bool:
 
 def _is_order(node: Node) -> bool:
     return node[0] == "rel" and all(operator in _BRACKETS for operator in node[1])
+
+
+def _may_drop_names(answer: Node, gold: Node) -> bool:
+    """Is what remains of two relations without their names worth a look? x >= 2 and x in [2, oo)."""
+    if _is_range(answer) and _is_range(gold):
+        return intervals.variables(answer) == intervals.variables(gold)
+    if _is_assignment(gold):
+        return _is_assignment(answer) and answer[2][0] == gold[2][0]
+    return _is_order(gold)
+
+
+def _is_range(node: Node) -> bool:
+    return _is_order(node) or (node[0] == "rel" and node[1] == ("in",))
 
 
 def _is_condition(node: Node) -> bool:
@@ -345,25 +385,25 @@ def _flatten(node: Node) -> list[Node]:
     return [part for child in node[1:] for part in _flatten(child)]
 
 
-def _has_signs(node: Node) -> bool:
+def _has(node: Node, kind: str) -> bool:
     stack = [node]
     while stack:
         current = stack.pop()
-        if current[0] == "pm":
+        if current[0] == kind:
             return True
-        stack += [child for child in current[1:] if isinstance(child, tuple) and child]
+        stack += [child for child in current if isinstance(child, tuple) and child]
     return False
 
 
 def _expand_signs(node: Node) -> Node:
     r"""An item with `\pm` as the list of its two readings; upper signs go together."""
-    if not _has_signs(node):
+    if not _has(node, "pm"):
         return node
     if node[0] in ("list", "set"):
         items: list[Node] = []
         for item in node[1]:
             expanded = _expand_signs(item)
-            items += expanded[1] if _has_signs(item) else [expanded]
+            items += expanded[1] if _has(item, "pm") else [expanded]
         return (node[0], tuple(items))
     return ("list", (_choose_sign(node, 1), _choose_sign(node, -1)))
 

@@ -246,6 +246,8 @@ class _Parser:
                     node = ("^", node, self.exponent())
             elif token == "!":
                 self.take()
+                if self.peek() == "!":
+                    raise Unreadable("a double factorial")
                 node = ("fn", "factorial", node)
             elif token in ("%", "\\%"):
                 self.take()

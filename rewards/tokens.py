@@ -58,7 +58,7 @@ _TOKEN = re.compile(
     r"\s+|(?P<scientific>[0-9]+(?:\.[0-9]+)?[eE][-+]?[0-9]{1,4}(?![0-9]))|(?P<number>[0-9]+(?:\{,\}[0-9]{3})+(?![0-9])|[0-9]+(?:\.(?:[0-9]+|(?=\\(?:overline|bar))))?|\.[0-9]+)"
     r"|\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname|mathbb|mathcal)\*?\s*\{(?P<text>[^{}\\]*)\}"
     r"|(?P<env>\\(?:begin|end)\s*\{[a-zA-Z]+\*?\}(?:\{[lcr|]*\})?)"
-    r"|(?P<token>\\\\|\\[A-Za-z]+|\\[{}|%$]|<=|>=|!=|==|\*\*|[-+*/^_=<>(){}\[\],;:!|%&'])"
+    r"|(?P<token>\\\\|\\[A-Za-z]+|\\[{}|%$]|<=|>=|(?<![0-9])!=|==|\*\*|[-+*/^_=<>(){}\[\],;:!|%&'])"
     r"|(?P<word>[A-Za-z]+)"
 )
 _ALPHABET = re.compile(r"[\x20-\x7e\s]*+")

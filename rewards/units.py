@@ -42,6 +42,8 @@ _NUMERAL_WORDS = """
 _OTHER_WORDS = {
     "multipliers": """score gross double triple twice thrice squared cubed square cubic sq factorial inverse
         reciprocal root opposite mod modulo choose base over power nil""",
+    "scales": """scores grand grands mil mils mill bn bns mn tn hundredweight hundredweights cwt binary
+        ternary octal hex hexadecimal sigma gamma delta quadruple quintuple sextuple""",
     "negations": """not no nor non never none nothing neither without except but instead rather unless if else
         otherwise isn nope cannot reject rejected refuted impossible contradiction""",
     "doubts": """maybe perhaps might may could should possibly probably likely unlikely possible probable
@@ -61,9 +63,13 @@ _NUMERALS = frozenset(_NUMERAL_WORDS.split())
 _DOUBTS = frozenset(_OTHER_WORDS["doubts"].split())
 _DENIALS = _DOUBTS.union(*(_OTHER_WORDS[kind].split() for kind in ("negations", "verdicts"))) - {"but"}
 _NOT_UNITS = frozenset(word for words in _OTHER_WORDS.values() for word in words.split())
-_CHANGING = frozenset(["or", "negative", *_OTHER_WORDS["multipliers"].split()])
+_SCALES = _OTHER_WORDS["scales"].split()
+_MAY_LEAD = frozenset([*_OTHER_WORDS["verbs"].split(), *_SCALES])  # "the grand total is"
+_CHANGING = frozenset(["or", "negative", *_OTHER_WORDS["multipliers"].split(), *_SCALES])
 _CHANGES = re.compile(r".*(?:teen|teenth|ly|illion|illionth|ieth|fold)")
-_NO_NOUN = re.compile(r".*(?:ed|able|ible|ous)")  # halved, denied, questionable: not what is counted
+# halved, questionable: not what is counted; but feed, seed
+_NO_NOUN = re.compile(r".*(?:[^e]ed|able|ible|ous)")
+_ACRONYMS = re.compile(r"[A-Z]{2,4}s")  # TVs, CDs
 _LINKS = frozenset(["of", "per", "a", "an", "the", "in", "on", "each", "at"])
 _WORD = re.compile(r"[a-z]+")
 _VOWEL = re.compile(r"[aeiou]")
@@ -153,6 +159,8 @@ def _may_stand(word: str, is_marked: bool, is_later: bool) -> bool:
         return True
     if word in _KNOWN or (len(word) > 1 and lowered in _KNOWN):
         return is_marked or len(word) > 1
+    if _ACRONYMS.fullmatch(word):
+        return True
     return (is_marked and len(word) > 1) or (len(word) > 2 and bool(_VOWEL.search(lowered)))
 
 
@@ -163,7 +171,7 @@ def _name(word: str) -> str:
 
 def takes_back(text: str) -> bool:
     """Does a sentence have a word that negates, hedges or changes what it says?"""
-    words = set(_WORD.findall(text.lower())) - set(_OTHER_WORDS["verbs"].split())
+    words = set(_WORD.findall(text.lower())) - _MAY_LEAD
     return "n't" in text or not words.isdisjoint(_NUMERALS | _NOT_UNITS)
 
 

@@ -81,15 +81,22 @@ _WRAPPERS = (
     ('"', '"'),
     ("“", "”"),
 )
+_DRESSED_NUMBER = re.compile(
+    r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|boldsymbol)\s*+\{\s*+([-+$]?[0-9][^{}]*+)\}"
+)
 _CHOICE = re.compile(
     r"(?:\\(?:text|textbf|mathrm|mathbf)\s*+\{)?\s*+\(?\s*+([A-Z])\s*+\)?\s*+\}?(?:[.):]\s*+(.*+))?",
     re.DOTALL,
 )
-_OPTION = re.compile(r"(?<![A-Za-z\\])(?!A [a-z])[A-Z](?![A-Za-z])")  # not the article of "B) A dog"
+# "B) 15, C) 16", "B) 15, c", but not the article of "B) A dog".
+_OPTION = re.compile(r"(?<![A-Za-z\\])(?!A [a-z])[A-Z](?![A-Za-z])|[,;]\s*[a-z](?![A-Za-z])")
 # What our parser leaves to Math-Verify, and what that misreads: it drops dots and takes \frac172 for 1/72.
 _BEYOND = re.compile(r"\\(?:sum|prod|lim|i{0,3}nt|oint)(?![A-Za-z])")
 _MISREAD = re.compile(r"\\[lcdv]?dots|\.\.|…|frac\s*+(?:\{[^{}]*+\}|[0-9])\s*+[0-9]\s*+[0-9]")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]++")
+_EQUATION = re.compile(r"=|≈|\\(?:approx|equiv|sim|simeq|cong)(?![A-Za-z])")
+# SymPy takes a limit from above alone where the text does not say from which side.
+_TWO_SIDED = re.compile(r"\\lim(?![A-Za-z])(?!\s*_\s*\{[^{}]*(?:\\infty|\^\s*\{?[-+]))")
 _BARE_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}|[\"'`@#?]")  # maths has commands, not words
 _VOWEL = re.compile(r"[aeiou]")
 _NAMED = re.compile(r"^[A-Za-z](?:_[A-Za-z0-9])?\s*+=\s*+(?=[^=<>]*+$)")
@@ -106,10 +113,14 @@ def clean(text: str) -> str:
         return text
     for _ in range(4):
         before = text
-        text = text.strip().rstrip(".,;").strip()
+        text = text.strip().removesuffix("\\,").removesuffix("\\;").removesuffix("\\!")
+        text = text.rstrip(".,;").strip()
         for left, right in _WRAPPERS:
             if text.startswith(left) and text.endswith(right) and len(text) >= len(left) + len(right):
                 text = text[len(left) : len(text) - len(right)]
+        number = _DRESSED_NUMBER.fullmatch(text)
+        if number:
+            text = number.group(1)
         if text == before:
             break
     return text.replace("−", "-")
@@ -171,7 +182,7 @@ def _same_choice(answer: str, gold: str) -> bool | None:
     if not right or not chosen:
         return None
     rest = chosen.group(2)
-    if rest and (_OPTION.search(rest) or takes_back(rest)) and rest != right.group(2):
+    if rest and rest != right.group(2) and (right.group(2) or _OPTION.search(rest) or takes_back(rest)):
         return None
     return chosen.group(1) == right.group(1)
 
@@ -220,10 +231,10 @@ def _same_unreadable(answer: str, gold: str, deadline: float) -> tuple[bool | No
     """Words, or LaTeX beyond our parser (sums, integrals, limits), which is left to Math-Verify."""
     if _WORDS.fullmatch(_plain_words(gold)):
         return False, "text"
-    equations, gold_equations = (_BRACED.sub("", text).count("=") for text in (answer, gold))
-    if (
-        equations > gold_equations
-    ):  # a chain may contradict itself, and Math-Verify would read its last part alone
+    if _TWO_SIDED.search(answer + " " + gold):
+        return None, "symbolic"
+    equations, gold_equations = (len(_EQUATION.findall(_BRACED.sub("", text))) for text in (answer, gold))
+    if equations > gold_equations:  # it may contradict itself, and Math-Verify would read its last part alone
         return False, "text"
     if any(_BARE_WORD.search(_TEXT_MACRO.sub("", text)) for text in (answer, gold)):
         return False, "text"

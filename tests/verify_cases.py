@@ -233,6 +233,12 @@ EQUAL = {
 
 # The first is the answer, the second the gold.
 EQUAL_ONE_WAY = {
+    "dressed": [
+        (r"5\,", "5"), (r"\text{18}", "18"), (r"\mathbf{18}", "18"), ("20 cups of feed", "20"),
+        ("5 TVs", "5"),
+    ],
+    "names in their order": [("x=1,y=2", "(1,2)"), ("(x,y)=(1,2)", "(1,2)"), ("5!=120", "120")],
+    "ranges": [(r"-2\le x\le7", r"x\in[-2,7]"), (r"x\in[2,\infty)", r"x\ge2"), ("5=x", "x=5")],
     "rounded golds": [
         ("3.1416", "3.14"), (r"\pi", "3.14"), ("1/3", "0.33"), (r"\frac23", "0.67"), ("0.335", "0.33"),
         (r"\sqrt2", "1.414"),
@@ -417,6 +423,20 @@ UNEQUAL = {
 }  # fmt: skip
 
 UNEQUAL_ONE_WAY = {
+    "what is no name": [
+        ("3! = 7", "7"), (r"\gcd(4,6)=5", "5"), (r"\text{not} = 18", "18"), (r"20\in\{18\}", "18"),
+        (r"20\in\{18\}", r"\{18\}"), (r"5\in(1,2)", "(1,2)"), ("1=2", "5=7"), ("3!!", "720"),
+    ],
+    "names out of their order": [("y=1,x=2", "(1,2)"), ("(y,x)=(1,2)", "(1,2)"), ("b=1,m=2", "(1,2)")],
+    "beyond our parser": [
+        (r"\sum_{i=1}^{3} i \approx 7", "6"), (r"\sum_{i=1}^{3} i = 7", "6"),
+    ],
+    "sets in sets": [(r"\{1,\{2\}\}", r"\{1,2\}")],
+    "units that scale": [
+        ("18 grand", "18"), ("18 mil", "18"), (r"18\text{ bn}", "18"), ("18 in hex", "18"),
+        ("18 scores", "18"),
+    ],
+    "the option beside the letter": [("(C) Tuesday", "(C) Monday"), ("B) 15, c", "B")],
     "hedged choices": [
         ("B) or C)", "B"), ("B. or C.", "B"), ("B: no, C", "B"), ("(B) (C)", "B"), ("(B),(C)", "B"),
         ("A) B) C) D)", "A"), ("B. maybe", "B"), ("B: wrong", "B"), ("B) 15 (C) 16", "B"), ("B) not 15", "B"),
