@@ -138,9 +138,8 @@ def _sorted_terms(polynomial: Polynomial) -> tuple:
     return tuple(sorted(polynomial.items(), key=repr))
 
 
-# Sines of multiples of pi / 12 that have short exact forms, by numerator: (square under the root, sign is +,
-# divisor).
-_SINES = {0: (0, 1), 2: (1, 2), 3: (2, 2), 4: (3, 2), 6: (4, 2)}  # sin(k pi / 12) = sqrt(a) / b
+# sin(k pi / 12) = sqrt(a) / b, by k: (a, b).
+_SINES = {0: (0, 1), 2: (1, 2), 3: (2, 2), 4: (3, 2), 6: (4, 2)}
 _POSITIVE_ATOMS = ("pi", "e")
 
 

@@ -25,7 +25,6 @@ MAX_ITEMS = 40
 _WORDS = re.compile(r"[a-z][a-z ]*+")
 _INFINITY = intervals.INFINITY
 _REAL_LINE = ("group", "()", (("neg", _INFINITY), _INFINITY))
-_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "≡": "≡"}
 _USUAL_ORDERS = (["r", "theta"], ["r", "theta", "z"], ["alpha", "beta"], ["alpha", "beta", "gamma"])
 _BRACKETS = {"<": ("(", ")"), "<=": ("[", "]"), ">": ("(", ")"), ">=": ("[", "]")}
 
@@ -155,7 +154,9 @@ class _Comparison:
                 [self.same(left_a, left_b), self.same(right_a, right_b)]
             )
             return True if in_place is True else (None if in_place is None else False)
-        return sign != 0 and operator_a == (operator_b if sign > 0 else _FLIPPED.get(operator_b))
+        return sign != 0 and operator_a == (
+            operator_b if sign > 0 else intervals.FLIPPED.get(operator_b, operator_b)
+        )
 
     # Values
 
@@ -364,7 +365,9 @@ def _as_interval(node: Node) -> Node | None:
         left, right = sides
         if left[0] != "sym":
             return (
-                _as_interval(("rel", (_FLIPPED[operators[0]],), (right, left))) if right[0] == "sym" else None
+                _as_interval(("rel", (intervals.FLIPPED[operators[0]],), (right, left)))
+                if right[0] == "sym"
+                else None
             )
         opening, closing = _BRACKETS[operators[0]]
         if operators[0][0] == "<":
@@ -373,7 +376,7 @@ def _as_interval(node: Node) -> Node | None:
     if len(operators) == 2 and sides[1][0] == "sym" and operators[0][0] == operators[1][0]:
         if operators[0][0] == ">":
             return _as_interval(
-                ("rel", tuple(_FLIPPED[op] for op in reversed(operators)), tuple(reversed(sides)))
+                ("rel", tuple(intervals.FLIPPED[op] for op in reversed(operators)), tuple(reversed(sides)))
             )
         return ("group", _BRACKETS[operators[0]][0] + _BRACKETS[operators[1]][1], (sides[0], sides[2]))
     return None

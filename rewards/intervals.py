@@ -12,7 +12,7 @@ from rewards.latex import Node
 INFINITY = ("const", "inf")
 MAX_ENDS = 40
 _CLOSE = 1e-9
-_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
 class _NoSet(ValueError):
@@ -114,14 +114,14 @@ def _solutions(node: Node, ends: dict[Node, int]) -> set[int]:
     result = set(range(2 * len(ends) + 1))
     for index, operator in enumerate(operators):
         side = sides[index] if index < at[0] else sides[index + 1]
-        result &= _compared(_FLIPPED.get(operator) if index < at[0] else operator, side, ends)
+        result &= _compared(FLIPPED.get(operator) if index < at[0] else operator, side, ends)
     return result
 
 
 def _compared(operator: str | None, side: Node, ends: dict[Node, int]) -> set[int]:
     if operator == "in":
         return _pieces(side, ends)
-    if operator not in _FLIPPED or _is_infinite(side):
+    if operator not in FLIPPED or _is_infinite(side):
         raise _NoSet
     everything, point = set(range(2 * len(ends) + 1)), 2 * ends[side] + 1
     if operator in ("=", "!="):

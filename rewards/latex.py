@@ -47,14 +47,6 @@ _RELATIONS = {
     "==": "=",
     "\\in": "in", "\\approx": "≈", "\\equiv": "≡",
 }  # fmt: skip
-_OPENING = {
-    "(": ")",
-    "[": "]",
-    "\\{": "\\}",
-    "\\langle": "\\rangle",
-    "\\lfloor": "\\rfloor",
-    "\\lceil": "\\rceil",
-}
 _ENDS_TERM = frozenset(
     [
         "", "+", "-", ",", ";", ")", "]", "}", "\\}", "&", "\\\\", "\\pm", "\\mp", "\\cup", "\\cap",
@@ -136,7 +128,7 @@ class _Parser:
 
     # Lists, relations, sets
 
-    def parse_list(self, closing: str = "") -> Node:
+    def parse_list(self) -> Node:
         """Items between commas, semicolons, "and", "or"; a single item is itself."""
         items = [self.relation()]
         joints = set()
@@ -441,7 +433,8 @@ class _Parser:
         if token == "\\langle":
             return ("group", "()", self.items_until("\\rangle"))
         if token in ("\\lfloor", "\\lceil"):
-            return ("fn", "floor" if token == "\\lfloor" else "ceil", *self.items_until(_OPENING[token]))
+            name = token.removeprefix("\\l")
+            return ("fn", name, *self.items_until("\\r" + name))
         if token in ("\\lvert", "\\|", "\\vert"):
             return self.absolute({"\\lvert": "\\rvert"}.get(token, token))
         if token.startswith("\\begin{"):

@@ -12,7 +12,6 @@ from typing import Any
 
 from rewards.processes import ChildDied, OutOfTime, Pool, serve
 
-DEADLINE_S = 2.0
 MEMORY_BYTES = 2 * 1024**3
 
 START_S = 1.5  # the start of a fresh child takes about 1 s; a call waits no longer for it
@@ -21,12 +20,12 @@ MAX_CHILDREN = 4
 _pool = Pool(MAX_CHILDREN, "rewards.symbolic", MEMORY_BYTES, start_s=START_S)
 
 
-def prove_equal(left: tuple, right: tuple, timeout_s: float = DEADLINE_S) -> bool | None:
+def prove_equal(left: tuple, right: tuple, timeout_s: float) -> bool | None:
     """Are two trees equal as expressions? None where SymPy cannot say, or not in time."""
     return _ask(("prove", left, right), timeout_s)
 
 
-def compare_latex(answer: str, gold: str, timeout_s: float = DEADLINE_S) -> bool | None:
+def compare_latex(answer: str, gold: str, timeout_s: float) -> bool | None:
     """Does Math-Verify find two guarded texts equal? None where it cannot read them, or not in time."""
     return _ask(("latex", answer, gold), timeout_s)
 
