@@ -27,9 +27,8 @@ class SlotCache:
             positions: that a row may fill.
             like: keys `[..., D]` of the model, for the size of a head, dtype and device.
         """
-        # A position's key and value side by side: one write for both.
-        self.block = like.new_empty(layers, slots, heads, positions, 2 * like.shape[-1])
-        self.size = like.shape[-1]
+        # Keys apart from values: side by side, each would be read with the other's bytes between.
+        self.block = like.new_empty(layers, 2, slots, heads, positions, like.shape[-1])
         self.lengths = torch.zeros(slots, dtype=torch.long, device=like.device)
         self.live = 0
         self.reached = 0  # positions that have been read or written in any slot
@@ -55,7 +54,8 @@ class SlotCache:
         slots = slice(self.live, self.live + len(source))
         self._reach(keys[0].shape[2])
         for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-            self.block[layer, slots, :, : key.shape[2]] = torch.cat([key, value], -1)[source]
+            self.block[layer, 0, slots, :, : key.shape[2]] = key[source]
+            self.block[layer, 1, slots, :, : key.shape[2]] = value[source]
         self.lengths[slots] = lengths[source]
         self.live = slots.stop
 
@@ -66,10 +66,11 @@ class SlotCache:
             Where `append` writes; how many positions `append` reads; and what hides those that a row has not
             filled, `[live, 1, 1, positions]` to be added to attention scores, None where there are none.
         """
-        heads, positions = self.block.shape[2:4]
+        slots, heads, positions = self.block.shape[2:5]
         lengths = self.lengths[: self.live]
         rows = torch.arange(self.live * heads, device=lengths.device) * positions
         places = rows + lengths.repeat_interleave(heads)
+        places = torch.cat([places, places + slots * heads * positions])
         lengths += 1
         shortest, longest = lengths.aminmax()
         self._reach(int(longest))
@@ -83,9 +84,10 @@ class SlotCache:
         self, layer: int, key: Tensor, value: Tensor, places: Tensor, longest: int
     ) -> tuple[Tensor, Tensor]:
         """Write one position `[live, heads, D]` of a layer, and read all, `[live, heads, longest, D]`."""
-        written = torch.cat([key, value], -1)
-        self.block[layer].view(-1, 2 * self.size).index_copy_(0, places, written.view(-1, 2 * self.size))
-        return self.block[layer, : self.live, :, :longest].split(self.size, -1)
+        block = self.block[layer]
+        written = torch.cat([key, value]).view(len(places), -1)
+        block.view(-1, written.shape[-1]).index_copy_(0, places, written)
+        return block[:, : self.live, :, :longest].unbind()
 
     def leave(self, done: Tensor) -> Tensor:
         """Let rows go; the last of the others move into their slots.
@@ -102,7 +104,7 @@ class SlotCache:
         movers = order[staying:][~done[staying:]]
         if len(movers):
             longest = int(self.lengths[movers].max())
-            self.block[:, holes, :, :longest] = self.block[:, movers, :, :longest]
+            self.block[:, :, holes, :, :longest] = self.block[:, :, movers, :, :longest]
             self.lengths[holes] = self.lengths[movers]
             order[holes] = movers
         self.live = staying
