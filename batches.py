@@ -2,6 +2,7 @@
 micro-batches that change the memory but not the gradient.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,8 +45,9 @@ def pad_batch(
 def plan_micro_batches(
     lengths: Sequence[tuple[int, int]], rows: Sequence[int], token_budget: int
 ) -> list[list[int]]:
-    """Share rows out to micro-batches: longest first, so that
-    what does not fit shows at once; neighbours in length.
+    """Share rows out to micro-batches: the longest first, so that what does not fit shows at once.
+
+    Rows of about the same length keep their order, so that those of one prompt stay together.
 
     Args:
         lengths: (prompt tokens, completion tokens) of every row.
@@ -54,7 +56,7 @@ def plan_micro_batches(
     """
     plan: list[list[int]] = []
     longest_prompt = longest_completion = 0
-    for row in sorted(rows, key=lambda i: (-sum(lengths[i]), i)):
+    for row in sorted(rows, key=lambda i: (-_size_class(sum(lengths[i])), i)):
         prompt, completion = max(longest_prompt, lengths[row][0]), max(longest_completion, lengths[row][1])
         if plan and (len(plan[-1]) + 1) * (prompt + completion) <= token_budget:
             plan[-1].append(row)
@@ -63,6 +65,11 @@ def plan_micro_batches(
             prompt, completion = lengths[row]
         longest_prompt, longest_completion = prompt, completion
     return plan
+
+
+def _size_class(length: int) -> int:
+    """Equal for lengths that differ by less than a fifth."""
+    return round(4 * math.log2(max(length, 1)))
 
 
 class MicroBatches:

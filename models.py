@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils import logging
 
 import prompts
+from llama import is_llama, predicting_states, without_adapter
 from losses import token_logprobs
 
 # A bar for every file that is read or written is noise among a run's lines; the Hub's own bars stay.
@@ -422,12 +423,15 @@ class Policy(nn.Module):
         # What stands at a position predicts the next token, hence one more and all but the last.
         before = slice(-length - 1, -1)
         if self.has_plain_head:
-            states = self.model.get_decoder()(**inputs).last_hidden_state
-            head = self.model.get_output_embeddings().weight
             # The head reads the states that predict a completion's token, and no padding.
-            figures = token_logprobs(
-                states[:, before][completion_mask], head, targets[completion_mask], temperature
-            )
+            if self._skips_padding(input_ids.shape[1]):
+                inner = without_adapter(self.model)
+                read = predicting_states(inner, input_ids, attention_mask, completion_mask)
+            else:
+                states = self.model.get_decoder()(**inputs).last_hidden_state
+                read = states[:, before][completion_mask]
+            head = self.model.get_output_embeddings().weight
+            figures = token_logprobs(read, head, targets[completion_mask], temperature)
             logprobs, entropy = (
                 values.new_zeros(targets.shape).masked_scatter(completion_mask, values) for values in figures
             )
@@ -443,6 +447,18 @@ class Policy(nn.Module):
             logprobs = all_logprobs.gather(-1, targets[..., None]).squeeze(-1)
         values = self.critic(states, inputs)[:, before] if self.critic is not None else None
         return logprobs, entropy, values
+
+    def _skips_padding(self, positions: int) -> bool:
+        """Can the blocks be run part by part? Not where the library does more between them than they say."""
+        model = without_adapter(self.model)
+        config = model.config
+        return (
+            self.critic is None  # which reads padded rows
+            and is_llama(model, positions)
+            and not config.attention_dropout
+            and config._attn_implementation in ("sdpa", "eager")
+            and not (self.training and model.model.gradient_checkpointing)
+        )
 
 
 class WithoutAdapter(nn.Module):

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from inference.kv_cache import SlotCache
+from llama import angles, is_llama, project, without_adapter
 
-# A block of their own code in the library each, with the same parts under the same names.
-LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-# Rotary embeddings whose angles do not depend on how long the text is.
-STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 # Prompt positions that go through the model at once.
 PREFILL_TOKENS = 16_384
 
@@ -30,18 +27,8 @@ def make_decoder(model: nn.Module, slots: int, positions: int) -> "LlamaDecoder 
         slots: rows that decode together at most.
         positions: prompt and completion tokens of a row at most.
     """
-    # Under an adapter, its layers stand in the place of the model's own.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = inner.config
-    rotary = getattr(config, "rope_parameters", None) or {}
-    windows = getattr(config, "layer_types", None) or []
-    window = getattr(config, "sliding_window", None)
-    is_windowed = "sliding_attention" in windows or (config.model_type == "mistral" and window)
-    is_lean = (
-        config.model_type in LLAMA_FAMILY
-        and rotary.get("rope_type", "default") in STATIC_ROTARY
-        and not (is_windowed and positions > window)
-    )
+    inner = without_adapter(model)
+    is_lean = is_llama(inner, positions)
     return LlamaDecoder(inner, slots, positions) if is_lean else LibraryDecoder(model, slots)
 
 
@@ -100,11 +87,8 @@ class LlamaDecoder:
         if self.cache is None:
             slots, heads = self.slots, keys[0].shape[1]
             self.cache = SlotCache(len(keys), slots, heads, self.positions, keys[0])
-            places = torch.arange(self.positions, device=device)[None]
-            cos, sin = model.model.rotary_emb(output.last_hidden_state, places)
-            half = sin.shape[-1] // 2
-            # With the sign of the half that rotates the other way.
-            self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+            places = torch.arange(self.positions, device=device)
+            self.cos, self.sin = angles(model.model, output.last_hidden_state, places)
         self.cache.admit(keys, [layer.values for layer in cache.layers], lengths, times)
         last = output.last_hidden_state[torch.arange(len(prompts), device=device), lengths - 1]
         return model.lm_head(last).repeat_interleave(times, 0)
@@ -114,24 +98,15 @@ class LlamaDecoder:
         """Feed one token `[rows]` to every row. Returns the logits of the next."""
         decoder, cache, rows = self.model.model, self.cache, len(tokens)
         at = cache.lengths[:rows]
-        cos, sin = self.cos[at][:, None], self.sin[at][:, None]
+        cos, sin = self.cos[at], self.sin[at]
         places, longest, hidden = cache.extend()
         states = decoder.embed_tokens(tokens)
         for number, layer in enumerate(decoder.layers):
             attention = layer.self_attn
-            read = layer.input_layernorm(states)
-            size = attention.head_dim
-            query = attention.q_proj(read).view(rows, -1, size)
-            key = attention.k_proj(read).view(rows, -1, size)
-            if hasattr(attention, "q_norm"):  # Qwen3
-                query, key = attention.q_norm(query), attention.k_norm(key)
-            turned = torch.cat([query, key], 1)
-            turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
-            query, key = turned[:, : query.shape[1]], turned[:, query.shape[1] :]
-            value = attention.v_proj(read).view(key.shape)
+            query, key, value = project(attention, layer.input_layernorm(states), cos, sin)
             keys, values = cache.append(number, key, value, places, longest)
             # The query heads that share a key head stand side by side: [rows, key heads, queries of each, D].
-            query = (query * attention.scaling).reshape(rows, keys.shape[1], -1, size)
+            query = (query * attention.scaling).reshape(rows, keys.shape[1], -1, attention.head_dim)
             scores = query @ keys.mT
             if hidden is not None:
                 scores += hidden

@@ -1,0 +1,191 @@
+"""The Llama family's blocks, run part by part: what decodes, and what scores completions without padding.
+
+The library's forward works on padded rows. Here every linear layer reads the tokens that count and no
+others, side by side in one matrix, a prompt once for all its completions; only attention sees rows.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+# A block of their own code in the library each, with the same parts under the same names.
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+# Rotary embeddings whose angles do not depend on how long the text is.
+STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
+
+
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The library's model; under an adapter, whose layers stand in the place of the model's own."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_llama(model: nn.Module, positions: int) -> bool:
+    """Does a causal language model compute what this file does, for texts of up to so many positions?"""
+    config = model.config
+    rotary = getattr(config, "rope_parameters", None) or {}
+    window = getattr(config, "sliding_window", None)
+    is_windowed = "sliding_attention" in (getattr(config, "layer_types", None) or []) or (
+        config.model_type == "mistral" and window
+    )
+    return (
+        config.model_type in LLAMA_FAMILY
+        and rotary.get("rope_type", "default") in STATIC_ROTARY
+        and not (is_windowed and positions > window)
+    )
+
+
+def project(attention: nn.Module, read: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[N, heads, D]` of N tokens, turned to their positions.
+
+    Args:
+        attention: of a block.
+        read: `[N, H]`, normed.
+        cos: `[N, 1, D]`.
+        sin: `[N, 1, D]`, its first half negative: of what rotates the other way.
+    """
+    size = attention.head_dim
+    query = attention.q_proj(read).view(len(read), -1, size)
+    key = attention.k_proj(read).view(len(read), -1, size)
+    value = attention.v_proj(read).view(key.shape)
+    if hasattr(attention, "q_norm"):  # Qwen3
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    turned = torch.cat([query, key], 1)
+    turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
+    return *turned.split([query.shape[1], key.shape[1]], 1), value
+
+
+def angles(decoder: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """`cos` and `sin` `[N, 1, D]` for `project`, of positions `[N]`, in the dtype of `like`."""
+    cos, sin = decoder.rotary_emb(like, positions[None])
+    half = sin.shape[-1] // 2
+    return cos[0, :, None], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Completions without padding
+
+
+class Rows:
+    """From packed tokens to the padded rows of attention, and back."""
+
+    def __init__(self, mask: Tensor) -> None:
+        """`mask` `[B, L]` is True where a token stands."""
+        self.shape = mask.shape
+        self.places = mask.flatten().nonzero().squeeze(1)
+        self.is_full = len(self.places) == mask.numel()
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """`[n, heads, D]` as `[B, heads, L, D]`, 0 where there is no token."""
+        rows = packed if self.is_full else _Spread.apply(packed, self.places, self.shape.numel())
+        return rows.view(*self.shape, *packed.shape[1:]).transpose(1, 2)
+
+    def unpad(self, rows: Tensor) -> Tensor:
+        """`[B, heads, L, D]` as `[n, heads, D]`."""
+        rows = rows.transpose(1, 2).flatten(0, 1)
+        return rows if self.is_full else _Pick.apply(rows, self.places)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows to places of their own; its gradient is a look-up, where the library would add."""
+
+    @staticmethod
+    def forward(ctx, packed, places, size):
+        ctx.save_for_backward(places)
+        return packed.new_zeros(size, *packed.shape[1:]).index_copy_(0, places, packed)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Pick.apply(grad, *ctx.saved_tensors), None, None
+
+
+class _Pick(torch.autograd.Function):
+    """Rows from places of their own, the way back."""
+
+    @staticmethod
+    def forward(ctx, rows, places):
+        ctx.save_for_backward(places)
+        ctx.size = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Spread.apply(grad, *ctx.saved_tensors, ctx.size), None
+
+
+class Packing:
+    """Where the tokens of a padded batch stand among those that count.
+
+    First all prompts, each once, then the completions, all row by row. The last token of a completion
+    predicts nothing and is left out.
+    """
+
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> None:
+        """See `predicting_states`."""
+        length = completion_mask.shape[1]
+        device = input_ids.device
+        split = input_ids.shape[1] - length
+        # Of completions, what stands before a token.
+        follows = attention_mask[:, split + 1 :].bool()
+        padded = input_ids[:, :split].masked_fill(attention_mask[:, :split] == 0, -1)
+        prompts, self.prompt_of = padded.unique(dim=0, return_inverse=True)
+        counts = prompts >= 0
+        self.lengths = counts.sum(1)
+        # To the right of every prompt there is padding, and so the plain causal mask suffices.
+        prompt_mask = torch.arange(split, device=device) < self.lengths[:, None]
+        self.prompts, self.completions = Rows(prompt_mask), Rows(follows)
+        self.ids = torch.cat([prompts[counts], input_ids[:, split:-1][follows]])
+        of_prompts = torch.arange(split, device=device).expand_as(counts)[prompt_mask]
+        after = self.lengths[self.prompt_of][:, None] + torch.arange(length - 1, device=device)
+        self.positions = torch.cat([of_prompts, after[follows]])
+        # What predicts a completion's first token is its prompt's last state, for the others the one before.
+        self.split = len(of_prompts)
+        places = torch.empty(completion_mask.shape, dtype=torch.long, device=device)
+        places[:, 0] = (self.lengths.cumsum(0) - 1)[self.prompt_of]
+        places[:, 1:][follows] = torch.arange(self.split, len(self.ids), device=device)
+        self.predicting = places[completion_mask]
+        causal = torch.ones(length - 1, length - 1, dtype=torch.bool, device=device).tril()
+        # `[B, 1, T-1, P+T-1]`, True where a completion's query may look.
+        seen = prompt_mask[self.prompt_of][:, None].expand(-1, length - 1, -1)
+        self.sees = torch.cat([seen, causal.expand(len(seen), -1, -1)], -1)[:, None]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Causal attention of every token to its own text: `[N, heads, D]` each, `[N, heads x D]` out."""
+        parts = [tensor.split([self.split, len(tensor) - self.split]) for tensor in (query, key, value)]
+        of_prompts = [self.prompts.pad(prompt) for prompt, _ in parts]
+        mixed = scaled_dot_product_attention(*of_prompts, is_causal=True, scale=scaling, enable_gqa=True)
+        mixed = [self.prompts.unpad(mixed)]
+        if len(self.completions.places):
+            queries, keys, values = (self.completions.pad(completion) for _, completion in parts)
+            keys = torch.cat([of_prompts[1][self.prompt_of], keys], 2)
+            values = torch.cat([of_prompts[2][self.prompt_of], values], 2)
+            answers = scaled_dot_product_attention(
+                queries, keys, values, attn_mask=self.sees, scale=scaling, enable_gqa=True
+            )
+            mixed.append(self.completions.unpad(answers))
+        return torch.cat(mixed).flatten(1)
+
+
+def predicting_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """The last hidden states that predict the completions' tokens.
+
+    Args:
+        model: a causal language model that `is_llama`.
+        input_ids: `[B, P+T]` as `batches.pad_batch` lays it out; equal prompts are computed once.
+        attention_mask: `[B, P+T]`.
+        completion_mask: `[B, T]`, True counts.
+
+    Returns:
+        `[n, H]`, one for each True, row by row.
+    """
+    decoder = model.model
+    packing = Packing(input_ids, attention_mask, completion_mask)
+    states = decoder.embed_tokens(packing.ids)
+    cos, sin = angles(decoder, states, packing.positions)
+    for layer in decoder.layers:
+        attention = layer.self_attn
+        query, key, value = project(attention, layer.input_layernorm(states), cos, sin)
+        states = states + attention.o_proj(packing.attend(query, key, value, attention.scaling))
+        states = states + layer.mlp(layer.post_attention_layernorm(states))
+    return decoder.norm(states[packing.predicting])
