@@ -6,6 +6,7 @@ others, side by side in one matrix, a prompt once for all its completions; only 
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 # A block of their own code in the library each, with the same parts under the same names.
@@ -52,6 +53,31 @@ def project(attention: nn.Module, read: Tensor, cos: Tensor, sin: Tensor) -> tup
     turned = torch.cat([query, key], 1)
     turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
     return *turned.split([query.shape[1], key.shape[1]], 1), value
+
+
+def norm(module: nn.Module, states: Tensor) -> Tensor:
+    """What an RMS norm of the library computes, bit by bit; its gradient in a third of the time."""
+    return _Norm.apply(states, module.weight, module.variance_epsilon)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, weight, eps):
+        wide = states.float()
+        inverse = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()  # to the library's last bit
+        unit = wide * inverse
+        ctx.save_for_backward(unit, inverse, weight)
+        return weight * unit.to(states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        unit, inverse, weight = ctx.saved_tensors
+        of_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        of_unit = (grad * weight).float()
+        along = torch.linalg.vecdot(of_unit, unit)[..., None] / unit.shape[-1]
+        of_states = torch.addcmul(of_unit, unit, along, value=-1).mul_(inverse)
+        return of_states.to(grad.dtype), of_weight, None
 
 
 def angles(decoder: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +211,7 @@ def predicting_states(
     cos, sin = angles(decoder, states, packing.positions)
     for layer in decoder.layers:
         attention = layer.self_attn
-        query, key, value = project(attention, layer.input_layernorm(states), cos, sin)
+        query, key, value = project(attention, norm(layer.input_layernorm, states), cos, sin)
         states = states + attention.o_proj(packing.attend(query, key, value, attention.scaling))
-        states = states + layer.mlp(layer.post_attention_layernorm(states))
-    return decoder.norm(states[packing.predicting])
+        states = states + layer.mlp(norm(layer.post_attention_layernorm, states))
+    return norm(decoder.norm, states[packing.predicting])

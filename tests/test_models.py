@@ -240,7 +240,8 @@ def test_policy_equals_the_librarys_logits_and_gradient(random_model, name, has_
         torch.testing.assert_close(counted, torch.cat(rows), rtol=0, atol=tolerance)
         gradient = torch.autograd.grad(counted.square().sum(), parameters, retain_graph=True)
         plain = torch.autograd.grad(torch.cat(rows).square().sum(), parameters, retain_graph=True)
-        torch.testing.assert_close(gradient, plain, rtol=of_gradient, atol=of_gradient)
+        for ours, theirs in zip(gradient, plain, strict=True):
+            assert (ours - theirs).norm() <= of_gradient * theirs.norm()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2"])
