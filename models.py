@@ -205,6 +205,15 @@ def add_adapter(model: nn.Module, rank: int, seed: int) -> nn.Module:
         return get_peft_model(model, config)
 
 
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """The base model with its adapter's product added to the weights, in float32.
+
+    Args:
+        model: from `add_adapter` or `load_model`; it is used up.
+    """
+    return model.float().merge_and_unload(safe_merge=True)
+
+
 def _load_adapter(folder: str) -> nn.Module:
     """The adapter of a folder on the model that its configuration names, ready to be trained on."""
     from peft import PeftConfig, PeftModel

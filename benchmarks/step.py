@@ -45,8 +45,8 @@ GROUP_SIZE = 8
 CASES: dict[str, dict[str, int]] = {
     "tiny": {"prompts": 8, "limit": 64, "steps": 12},
     "large batch": {"prompts": 32, "limit": 64, "steps": 6},
-    "ragged": {"prompts": 32, "limit": 512, "steps": 4},
-    "vocabulary": {"prompts": 8, "limit": 64, "steps": 3},
+    "ragged": {"prompts": 8, "limit": 512, "steps": 4},
+    "vocabulary": {"prompts": 4, "limit": 48, "steps": 3},
 }
 WARMUP_STEPS = 2
 REWARD = '''

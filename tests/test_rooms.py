@@ -52,7 +52,7 @@ ROOMS = {
     ],
     "evaluate": ["data", "exam", "inference.*", "models", "prompts", "rewards.*", "runs.*"],
     "app": ["data", "inference.*", "models", "prompts", "rewards.*", "runs.*"],
-    "export": ["models", "prompts"],
+    "export": ["inference.*", "models", "prompts", "runs.*"],
 }
 
 # Who alone may import a package from outside, anywhere in the file.
@@ -61,6 +61,7 @@ GUARDED = {
         *[
             "batches",
             "credit",
+            "export",
             "llama",
             "losses",
             "memory",
