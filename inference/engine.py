@@ -42,6 +42,39 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def _adapted_layers(model: nn.Module) -> list[nn.Module]:
+    """Linear layers under an adapter that is in use, whose own weights are plain numbers."""
+    return [
+        layer
+        for layer in model.modules()
+        if hasattr(layer, "get_delta_weight")
+        and type(layer.get_base_layer()) is nn.Linear
+        and not layer.merged
+        and not layer.disable_adapters
+    ]
+
+
+@contextmanager
+def _merged(layers: list[nn.Module]) -> Iterator[None]:
+    """Adapters added to their weights while sampling: one product a layer in place of three. Afterwards the
+    weights are the very tensors that they were; taking the product off again would round them.
+    """
+    kept = []
+    try:
+        for layer in layers:
+            weight = layer.get_base_layer().weight
+            with torch.no_grad():
+                merged = weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+            kept.append((layer, weight.data))
+            weight.data = merged.to(weight.dtype)
+            layer.merged_adapters.extend(layer.active_adapters)
+        yield
+    finally:
+        for layer, original in kept:
+            layer.get_base_layer().weight.data = original
+            layer.merged_adapters.clear()
+
+
 class TorchEngine:
     """Samples from a causal language model; see `inference.Engine`."""
 
@@ -62,6 +95,8 @@ class TorchEngine:
         self.model = model
         self.max_cache_tokens = max_cache_tokens
         self.max_rows = MAX_ROWS  # halved where memory runs out
+        # Are adapters merged for a rollout? Where a second copy of their weights fits; decided at the first.
+        self.merges: bool | None = None
         configured = getattr(model.generation_config, "eos_token_id", None)
         configured = configured if isinstance(configured, list) else [configured]
         stop = {tokenizer.eos_token_id, *configured} - {None}
@@ -69,12 +104,20 @@ class TorchEngine:
 
     @property
     def memory(self) -> list[int | None]:
-        """What a resume needs to put as many rows side by side as before; set, it takes that up."""
-        return [self.max_cache_tokens, self.max_rows]
+        """What a resume needs to compute as before, to the last bit; set, it takes that up."""
+        return [self.max_cache_tokens, self.max_rows, self.merges]
 
     @memory.setter
     def memory(self, value: list[int | None]) -> None:
-        self.max_cache_tokens, self.max_rows = value
+        self.max_cache_tokens, self.max_rows, self.merges = value
+
+    def _layers_to_merge(self) -> list[nn.Module]:
+        layers = _adapted_layers(self.model)
+        if layers and self.merges is None:
+            weights = [layer.get_base_layer().weight for layer in layers]
+            copied = sum(weight.numel() * weight.element_size() for weight in weights)
+            self.merges = 4 * copied < free_memory(self.model.device)
+        return layers if self.merges else []
 
     def generate(
         self,
@@ -98,19 +141,22 @@ class TorchEngine:
         while rows:
             ran_out = False
             try:
-                with _evaluating(self.model):
+                with _evaluating(self.model), _merged(self._layers_to_merge()):
                     for row, completion in self._decode(prompts, n, params, keys, rows):
                         results[row // n][row % n] = completion
                         if on_completion:
                             on_completion(row // n, row % n, completion)
             except (RuntimeError, MemoryError) as error:
-                if self.max_rows == 1 or not is_out_of_memory(error):
+                if not is_out_of_memory(error) or (self.max_rows == 1 and not self.merges):
                     raise
                 ran_out = True
             rows = [row for row in rows if results[row // n][row % n] is None]
             if ran_out:
                 # Whoever has ended has ended; a completion does not depend on how many decode beside it.
-                self.max_rows = max(1, min(self.max_rows, len(rows)) // 2)
+                if self.merges:
+                    self.merges = False
+                else:
+                    self.max_rows = max(1, min(self.max_rows, len(rows)) // 2)
                 release_memory()
         return results
 

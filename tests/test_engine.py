@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from batches import pad_batch
@@ -260,10 +261,105 @@ def test_the_cache_takes_half_of_what_is_free(model, monkeypatch):
     assert len(engine.generate(PROMPTS, 1, WARM, (3,))) == 6
     resumed = TorchEngine(model, tokenizer())
     resumed.memory = engine.memory
-    assert resumed.memory == [15, 512]
+    assert resumed.memory == [15, 512, None]
     monkeypatch.setattr("inference.engine.free_memory", lambda device: 2 * 15 * cache_bytes(model) - 1)
     with pytest.raises(ValueError, match="memory has 14"):
         TorchEngine(model, tokenizer()).generate(PROMPTS, 1, WARM, (3,))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Adapters
+
+
+@pytest.fixture
+def tuned(random_model):
+    """A model under an adapter that changes what it says."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, lora_alpha=8, target_modules="all-linear")
+        tuned = get_peft_model(copy.deepcopy(random_model("qwen2")), config)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return tuned.double().eval()
+
+
+def counting_passes(tuned):
+    """How often an adapter's own product is taken."""
+    passes = []
+    tuned.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].register_forward_hook(
+        lambda *args: passes.append(1)
+    )
+    return passes
+
+
+def test_an_adapter_is_merged_for_a_rollout_and_its_weights_are_the_same_afterwards(tuned):
+    plain = TorchEngine(tuned, tokenizer())
+    plain.merges = False
+    passes = counting_passes(tuned)
+    expected = plain.generate(PROMPTS, 2, WARM, (3,))
+    assert passes
+    before = {name: (p.data_ptr(), p.clone()) for name, p in tuned.named_parameters()}
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        logits = tuned(ids).logits
+    passes.clear()
+    engine = TorchEngine(tuned, tokenizer())
+    assert_same(engine.generate(PROMPTS, 2, WARM, (3,)), expected)
+    assert engine.merges
+    assert not passes
+    for name, parameter in tuned.named_parameters():
+        pointer, value = before[name]
+        assert parameter.data_ptr() == pointer
+        assert torch.equal(parameter, value)
+    with torch.no_grad():
+        assert torch.equal(tuned(ids).logits, logits)
+    with tuned.disable_adapter():
+        assert TorchEngine(tuned, tokenizer()).generate(PROMPTS, 2, WARM, (3,)) != expected
+
+
+def test_an_adapter_comes_apart_again_where_a_rollout_fails(tuned):
+    before = {name: p.clone() for name, p in tuned.named_parameters()}
+
+    def fail(*args):
+        raise KeyError("a scorer of the user's")
+
+    with pytest.raises(KeyError):
+        TorchEngine(tuned, tokenizer()).generate(PROMPTS, 2, WARM, (3,), on_completion=fail)
+    assert all(torch.equal(p, before[name]) for name, p in tuned.named_parameters())
+    assert not any(getattr(module, "merged", False) for module in tuned.modules())
+
+
+def test_an_adapter_stays_apart_where_memory_is_short(tuned, monkeypatch):
+    copied = sum(
+        module.get_base_layer().weight.numel() * 8
+        for module in tuned.modules()
+        if hasattr(module, "get_delta_weight")
+    )
+    for free, merges in ((4 * copied, False), (4 * copied + 1, True)):
+        monkeypatch.setattr("inference.engine.free_memory", lambda device, free=free: free)
+        engine = TorchEngine(tuned, tokenizer(), max_cache_tokens=100)
+        engine.generate(PROMPTS, 1, WARM, (3,))
+        assert engine.merges is merges
+
+
+def test_merged_weights_are_the_first_to_go_where_memory_runs_out(tuned, monkeypatch):
+    expected = TorchEngine(tuned, tokenizer()).generate(PROMPTS, 2, WARM, (3,))
+    advance, passes = decoders.LlamaDecoder.advance, counting_passes(tuned)
+
+    def failing(self, tokens):
+        if not passes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return advance(self, tokens)
+
+    monkeypatch.setattr(decoders.LlamaDecoder, "advance", failing)
+    engine = TorchEngine(tuned, tokenizer())
+    assert_same(engine.generate(PROMPTS, 2, WARM, (3,)), expected)
+    assert engine.memory[1:] == [512, False]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Telling
 
 
 def test_every_completion_is_told_once_as_it_ends(model):
