@@ -10,9 +10,10 @@ MODEL ?= outputs/grpo/final
 BIN := .venv/bin
 ALGOS := ppo grpo dr_grpo dapo gspo grpo_lead rloo cispo
 DEMO := outputs/demo-seed$(SEED)
+PIPELINE := outputs/pipeline-seed$(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo clean-baseline test unit lint format sft $(ALGOS) evaluate chat terminal
+.PHONY: help setup demo pipeline clean-baseline test unit lint format sft $(ALGOS) evaluate chat terminal
 
 help:
 	@echo "make demo [SEED=0]        cold start, GRPO, evaluation of both on the tiny model, in minutes"
@@ -20,6 +21,7 @@ help:
 	@echo "make grpo [ARGS=...]      reinforcement learning (train_grpo.py); also ppo, dr_grpo, dapo, gspo, ..."
 	@echo "make evaluate MODEL=...   accuracy with intervals (evaluate.py)"
 	@echo "make chat [MODEL=...]     the chat page in the browser; make terminal: in the terminal"
+	@echo "make pipeline             R1's four phases on the tiny model: cold start, RL, rejection sampling, SFT, RL"
 	@echo "make clean-baseline       the tiny model on clean examples, for as long as the demo trains"
 	@echo "make test                 every test; make unit: the fast ones; make lint"
 
@@ -48,6 +50,20 @@ demo: .venv/ready
 	@echo
 	@echo "learning curve:  $(DEMO)/grpo/report.html"
 	@echo "talk to it:      make chat MODEL=$(DEMO)/grpo/final"
+
+# The phases of R1 (arXiv 2501.12948, section 2.3), each a command that also runs alone.
+pipeline: .venv/ready
+	@$(BIN)/python train_sft.py --output $(PIPELINE)/1-cold-start --seed $(SEED)
+	@$(BIN)/python train_grpo.py --output $(PIPELINE)/2-reasoning --model $(PIPELINE)/1-cold-start/final --seed $(SEED) \
+	  --kl_coef 0 --total_steps 50
+	@$(BIN)/python evaluate.py --model $(PIPELINE)/2-reasoning/final --split train --limit 4000 --samples 4 \
+	  --max_completion_tokens 96 --keep correct --write_sft $(PIPELINE)/3-examples.jsonl
+	@$(BIN)/python train_sft.py --output $(PIPELINE)/3-sft --model $(PIPELINE)/1-cold-start/final --seed $(SEED) \
+	  --data $(PIPELINE)/3-examples.jsonl --optimizer adamw --learning_rate 4e-4 --total_steps 150 --eval_every 0
+	@$(BIN)/python train_grpo.py --output $(PIPELINE)/4-all --model $(PIPELINE)/3-sft/final --seed $(SEED) --kl_coef 0 \
+	  --total_steps 30 --rewards '{correct: 1.0, format: 0.1, repetition: -0.1, "length_penalty(budget=32)": -0.1}'
+	@$(BIN)/python evaluate.py --model $(PIPELINE)/4-all/final --baseline $(PIPELINE)/1-cold-start/final --limit 1000 \
+	  --samples 8 --json $(PIPELINE)/evaluation.json
 
 # The control: no reinforcement learning, no slips of the teacher, as many seconds of training as the demo's two stages.
 clean-baseline: .venv/ready

@@ -4,6 +4,10 @@ Both models answer the same problems through the same engine, prompts and judge.
 
     python evaluate.py --model outputs/grpo/final --baseline outputs/sft/final
     python evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k --limit 200 --samples 8 --json it.json
+
+Rejection sampling: right and well-formed answers of a model become examples for `train_sft.py --data FILE`.
+
+    python evaluate.py --model outputs/grpo/final --split train --samples 16 --keep correct --write_sft FILE
 """
 
 import json
@@ -11,12 +15,12 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from data import Problem, load_problems
-from exam import Answer, hold_exam, pass_at_k, summarise
+from exam import Answer, hold_exam, pass_at_k, summarise, worth_imitating
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from models import load_model, load_tokenizer, make_accelerator
@@ -55,14 +59,35 @@ class EvaluateConfig:
     """Of the sampled answers."""
     json: str | None = None
     """Write the figures to this file."""
+    write_sft: str | None = None
+    """Write sampled answers as examples to this JSONL file: well formed, whole, each text once."""
+    keep: Literal["correct", "all"] = "correct"
+    """Which answers `write_sft` takes."""
+    keep_per_problem: int = 1
+    """How many of a problem `write_sft` takes at most."""
+    prefer: Literal["shortest", "diverse"] = "shortest"
+    """Which of them: the fewest tokens, or those that share the fewest words in a row."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
-        require(self, "max_completion_tokens", at_least=1)
+        require(self, "max_completion_tokens", "keep_per_problem", at_least=1)
         require(self, "samples", "seed", at_least=0)
         require(self, "temperature", above=0)
         if self.limit is not None:
             require(self, "limit", at_least=1)
+        for name in ("json", "write_sft"):
+            file = getattr(self, name)
+            if file and not Path(file).parent.is_dir():
+                raise ValueError(
+                    f"{name} {file!r} cannot be written: {Path(file).parent} is no folder; make it"
+                )
+        if self.write_sft and not self.samples:
+            raise ValueError("write_sft needs sampled answers, got samples 0; give --samples 16")
+        if self.write_sft and self.split != "train":
+            raise ValueError(
+                f"write_sft needs --split train, got {self.split!r}: examples from held-out problems would "
+                "make every later score on them worthless"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,6 +96,7 @@ class Result:
 
     figures: dict[str, Any]
     greedy: list[Answer]
+    sampled: list[list[Answer]]
 
 
 def examine(
@@ -84,13 +110,24 @@ def examine(
 
     greedy = ask(0.0, 1)
     figures = summarise(greedy)
-    if config.samples:
-        sampled = ask(config.temperature, config.samples)
+    sampled = ask(config.temperature, config.samples) if config.samples else []
+    if sampled:
         right = [sum(bool(answer.correct) for answer in group) for group in sampled]
         figures["samples"] = config.samples
         figures["accuracy_sampled"] = summarise(sampled)["accuracy_strict"]
         figures["pass_at_k"] = statistics.fmean(pass_at_k(config.samples, c, config.samples) for c in right)
-    return Result(figures, [group[0] for group in greedy])
+    return Result(figures, [group[0] for group in greedy], sampled)
+
+
+def write_examples(config: EvaluateConfig, problems: list[Problem], sampled: list[list[Answer]]) -> None:
+    """Write what is worth imitating, a line an example, as `data.load_problems` reads it."""
+    lines = []
+    for problem, answers in zip(problems, sampled, strict=True):
+        for answer in worth_imitating(answers, config.keep_per_problem, config.prefer, config.keep):
+            row = {"question": problem.question, "answer": problem.gold, "completion": answer.completion}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    Path(config.write_sft).write_text("".join(lines), encoding="utf-8")
+    print(f"\n{len(lines)} examples of {len(problems)} problems in {config.write_sft}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -172,6 +209,8 @@ def main(config: EvaluateConfig) -> int:
     for name, result in results.items():
         answer = result.greedy[index]
         print(f"\n  {name}: {'right' if answer.correct else 'wrong'}\n{indented(answer.completion)}")
+    if config.write_sft:
+        write_examples(config, problems, results[config.model].sampled)
     if config.json:
         rows = {
             name: {"model": name, "data": config.data, "split": config.split, **r.figures}

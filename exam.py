@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -107,6 +107,52 @@ def judge_completion(tokenizer: Any, prompt: str, completion: Completion, proble
         correct_lenient=lenient.correct,
         extracted=strict.extracted,
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rejection sampling
+
+
+def worth_imitating(
+    answers: Sequence[Answer],
+    most: int,
+    prefer: Literal["shortest", "diverse"] = "shortest",
+    keep: Literal["correct", "all"] = "correct",
+) -> list[Answer]:
+    """The completions of a problem to learn from: well formed, whole, each text once.
+
+    Args:
+        answers: to one problem.
+        most: to return.
+        prefer: "shortest" takes the fewest tokens; "diverse" begins with the shortest and goes on with
+            whichever shares the fewest of its words' triples with those taken.
+        keep: "all" also takes answers that are wrong or undecided.
+    """
+    good = {
+        answer.completion: answer
+        for answer in answers
+        if answer.well_formed and not answer.truncated and (keep == "all" or answer.correct)
+    }
+    left = sorted(good.values(), key=lambda answer: (answer.tokens, answer.completion))
+    if prefer == "shortest":
+        return left[:most]
+    taken: list[Answer] = []
+    seen: set[tuple[str, ...]] = set()
+    while left and len(taken) < most:
+        best = min(left, key=lambda answer: _share_of(_triples(answer.completion), seen))
+        left.remove(best)
+        taken.append(best)
+        seen |= _triples(best.completion)
+    return taken
+
+
+def _triples(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
+
+
+def _share_of(triples: set[tuple[str, ...]], seen: set[tuple[str, ...]]) -> float:
+    return len(triples & seen) / len(triples)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,73 @@ from types import SimpleNamespace
 import pytest
 from scripted import ByteTokenizer
 
+import evaluate
 import exam
-from data import Problem
-from exam import Answer, hold_exam, hold_shared_exam, pass_at_k, summarise, wilson_interval
+from data import Problem, load_problems
+from exam import Answer, hold_exam, hold_shared_exam, pass_at_k, summarise, wilson_interval, worth_imitating
 from inference import Completion, SamplingParams
+
+# ------------------------------------------------------------------------------------------------------------
+# Rejection sampling
+
+
+def said(text, tokens, correct=True, truncated=False, well_formed=True):
+    return Answer(text, tokens, truncated, well_formed, correct, correct, "1")
+
+
+SAID = [
+    said("a b c d e", 5),
+    said("a b c d f", 5),
+    said("a b c d e", 5),
+    said("one two three four five six", 9),
+    said("wrong", 1, correct=False),
+    said("undecided", 1, correct=None),
+    said("cut", 1, truncated=True),
+    said("no form", 1, well_formed=False),
+]
+
+
+def test_right_and_well_formed_answers_are_worth_imitating_once():
+    texts = [answer.completion for answer in worth_imitating(SAID, 9)]
+    assert texts == ["a b c d e", "a b c d f", "one two three four five six"]
+    assert worth_imitating(SAID, 2) == [SAID[0], SAID[1]]
+    assert worth_imitating([], 2) == []
+    assert {answer.completion for answer in worth_imitating(SAID, 9, keep="all")} == {
+        *texts,
+        "wrong",
+        "undecided",
+    }
+
+
+def test_diverse_answers_share_few_words():
+    assert worth_imitating(SAID, 2, "diverse") == [SAID[0], SAID[3]]
+    assert worth_imitating(SAID, 9, "diverse") == [SAID[0], SAID[3], SAID[1]]
+
+
+def test_kept_answers_are_examples_that_the_cold_start_reads(tmp_path):
+    file = tmp_path / "kept.jsonl"
+    options = {"model": "m", "split": "train", "samples": 8, "write_sft": str(file)}
+    right = said("<think>2 + 2 = 4</think><answer>4</answer>", 9)
+    problems = [Problem("2 + 2 = ?", "4"), Problem("3 + 3 = ?", "6")]
+    evaluate.write_examples(evaluate.EvaluateConfig(**options), problems, [[*SAID[4:], right], SAID[4:]])
+    (read,) = load_problems(str(file), "cold_start")
+    assert (read.question, read.gold, read.completion) == ("2 + 2 = ?", "4", right.completion)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"samples": 0}, "samples 0"),
+        ({"split": "test"}, "--split train"),
+        ({"write_sft": "no/such/folder/file.jsonl"}, "no folder"),
+        ({"keep_per_problem": 0}, "keep_per_problem must be >= 1"),
+    ],
+)
+def test_examples_come_from_samples_of_training_problems(changes, told):
+    options = {"model": "m", "split": "train", "samples": 8, "write_sft": "file.jsonl"}
+    with pytest.raises(ValueError, match=told):
+        evaluate.EvaluateConfig(**options | changes)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Figures
