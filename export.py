@@ -19,7 +19,7 @@ from torch import nn
 
 from inference import SamplingParams
 from inference.engine import TorchEngine
-from models import ADAPTER, load_model, load_tokenizer, make_accelerator, merge_adapter, save_model
+from models import ADAPTER, load_merged, load_model, load_tokenizer, make_accelerator, save_model
 from prompts import encode_prompt
 from runs.checkpoint import latest_checkpoint, write_folder
 from runs.config import RunStopped, at_the_door, parse_config, run_script
@@ -218,7 +218,7 @@ def main(config: ExportConfig) -> int:
     def write(folder: Path) -> None:
         nonlocal model
         if config.merge:
-            model = merge_adapter(model)
+            model = load_merged(str(source))
         save_model(folder, model.to(dtype), tokenizer)
         del model  # room for the one that is read again
         again = load_model(str(folder), device=make_accelerator().device).eval()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 # A block of their own code in the library each, with the same parts under the same names.
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
@@ -191,6 +192,13 @@ class Packing:
         return torch.cat(mixed).flatten(1)
 
 
+def _run_block(layer: nn.Module, states: Tensor, packing: Packing, cos: Tensor, sin: Tensor) -> Tensor:
+    attention = layer.self_attn
+    query, key, value = project(attention, norm(layer.input_layernorm, states), cos, sin)
+    states = states + attention.o_proj(packing.attend(query, key, value, attention.scaling))
+    return states + layer.mlp(norm(layer.post_attention_layernorm, states))
+
+
 def predicting_states(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
 ) -> Tensor:
@@ -209,9 +217,10 @@ def predicting_states(
     packing = Packing(input_ids, attention_mask, completion_mask)
     states = decoder.embed_tokens(packing.ids)
     cos, sin = angles(decoder, states, packing.positions)
+    is_checkpointed = decoder.gradient_checkpointing and decoder.training
     for layer in decoder.layers:
-        attention = layer.self_attn
-        query, key, value = project(attention, norm(layer.input_layernorm, states), cos, sin)
-        states = states + attention.o_proj(packing.attend(query, key, value, attention.scaling))
-        states = states + layer.mlp(norm(layer.post_attention_layernorm, states))
+        if is_checkpointed:
+            states = checkpoint(_run_block, layer, states, packing, cos, sin, use_reentrant=False)
+        else:
+            states = _run_block(layer, states, packing, cos, sin)
     return norm(decoder.norm, states[packing.predicting])

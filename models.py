@@ -9,7 +9,7 @@ import copy
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ from losses import token_logprobs
 logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))
 
 ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
+QUANTIZED = "base_quantization.json"  # beside an adapter whose base was held in 4 bits
+Quantization = Literal["none", "nf4"]
 TINY = "tiny"  # the name of the built-in model wherever a model is asked for
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,7 +153,12 @@ def _load_any_tokenizer(name: str, **sides: str) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(f"the tokenizer of model {name!r} could not be loaded: {error}") from error
 
 
-def load_model(name: str, seed: int = 0, device: str | torch.device | None = None) -> nn.Module:
+def load_model(
+    name: str,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    quantize: Quantization = "none",
+) -> nn.Module:
     """A causal language model in float32, by Hub name or folder, or `tiny` with fresh weights.
 
     Float32 because updates of 1e-6 vanish in bfloat16 weights; on a GPU the scripts compute in bfloat16 under
@@ -161,34 +168,88 @@ def load_model(name: str, seed: int = 0, device: str | torch.device | None = Non
         name: `tiny`, a folder (of a model, or of an adapter to the model that it names), or a Hub name.
         seed: of the fresh weights of `tiny`.
         device: moved there; None leaves it on the CPU.
+        quantize: "nf4" holds the linear layers but the head in 4 bits, doubly quantised (QLoRA, arXiv
+            2305.14314); only an adapter can be trained on them. The folder of an adapter that was trained so
+            says it itself.
 
     Raises:
         FileNotFoundError: no such model, or weights that cannot be read.
+        ValueError: `tiny` in 4 bits.
     """
     if name == TINY:
+        if quantize != "none":
+            raise ValueError(f"quantize needs a model folder or a Hub name, not {TINY!r}; give --model")
         model = build_tiny(seed)[0]
     elif (Path(name) / ADAPTER).is_file():
         model = _load_adapter(name)
     else:
         _require_model(name)
+        options = {"quantization_config": _four_bits()} if quantize == "nf4" else {}
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"model {name!r} could not be loaded: {error}") from error
+        for layer in model.modules():
+            # Some processors make bitsandbytes pack weights anew for inference, in bfloat16: what samples
+            # would no longer be what learns.
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
     return model.to(device) if device is not None else model
 
 
-def add_adapter(model: nn.Module, rank: int, seed: int) -> nn.Module:
-    """Freeze a model and put a LoRA adapter on every linear layer (arXiv 2106.09685), scaled by 1.
+def _four_bits() -> Any:
+    """What transformers is told to hold weights in 4 bits.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            'quantize "nf4" needs bitsandbytes, which is not installed; pip install bitsandbytes'
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(),
+    )
+
+
+def compute_dtype() -> torch.dtype:
+    """What matrix products run in: bfloat16 on a GPU that has it, float16 on one that has not."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep one state a block between the passes and compute the rest again: less memory, more time."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def add_adapter(
+    model: nn.Module,
+    rank: int,
+    seed: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+) -> nn.Module:
+    """Freeze a model and put a LoRA adapter on its linear layers (arXiv 2106.09685).
 
     Args:
         model: from `load_model`; one that has an adapter of this rank already is returned as it is.
         rank: of the adapter; what it adds is zero at first.
         seed: of its weights; the global random state is left as it was.
+        alpha: what the adapter adds is scaled by alpha / rank; None scales by 1.
+        dropout: of what the adapter reads, in updates alone.
+        targets: names of linear layers, such as q_proj; None takes all but the head.
 
     Raises:
-        ValueError: the weights came from nowhere, and nobody could load them again; or the model has an
-            adapter of another rank.
+        ValueError: the weights came from nowhere, and nobody could load them again; the model has an
+            adapter of another rank; or it has none of the targets.
     """
     from peft import LoraConfig, PeftModel, get_peft_model  # seconds, for those who need it
 
@@ -199,27 +260,45 @@ def add_adapter(model: nn.Module, rank: int, seed: int) -> nn.Module:
         return model
     if not model.name_or_path:
         raise ValueError("lora_rank needs a model folder or a Hub name, not fresh weights; give --model")
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets) if targets else "all-linear",
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
 
-def merge_adapter(model: nn.Module) -> nn.Module:
-    """The base model with its adapter's product added to the weights, in float32.
+def load_merged(folder: str) -> nn.Module:
+    """The model of an adapter's folder with the adapter added to its weights, in float32.
 
-    Args:
-        model: from `add_adapter` or `load_model`; it is used up.
+    A base in 4 bits is first written out in float32, as it was in training: merged into 4 bits, most of what
+    was learned would be rounded away, and into the original weights, it would be another model.
     """
-    return model.float().merge_and_unload(safe_merge=True)
+    from peft import PeftModel
+
+    base = _load_base(folder)
+    if getattr(base, "quantization_method", None) is not None:
+        base = base.dequantize()
+    return PeftModel.from_pretrained(base.float(), folder).merge_and_unload(safe_merge=True)
 
 
 def _load_adapter(folder: str) -> nn.Module:
     """The adapter of a folder on the model that its configuration names, ready to be trained on."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(_load_base(folder), folder, is_trainable=True)
+
+
+def _load_base(folder: str) -> nn.Module:
+    from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    return PeftModel.from_pretrained(load_model(base), folder, is_trainable=True)
+    quantized = Path(folder) / QUANTIZED
+    return load_model(base, quantize=json.loads(quantized.read_text()) if quantized.is_file() else "none")
 
 
 def save_model(folder: str | os.PathLike, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -234,6 +313,8 @@ def save_model(folder: str | os.PathLike, model: nn.Module, tokenizer: PreTraine
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if getattr(without_adapter(model), "quantization_method", None) is not None:
+        (Path(folder) / QUANTIZED).write_text(json.dumps("nf4") + "\n")
     _say_rotary_base(Path(folder) / "config.json")
 
 
@@ -345,7 +426,8 @@ def load_reward_model(
 
 
 def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accelerator:
-    """Accelerate as the machine allows: bfloat16 autocast on a GPU that has it, float32 elsewhere.
+    """Accelerate as the machine allows: bfloat16 autocast on a GPU that has it, float16 with a scaler on one
+    that has not, float32 elsewhere.
 
     Args:
         tracker: "none", or a tracker that Accelerate knows.
@@ -358,9 +440,9 @@ def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accele
         raise ValueError(
             f"tracker {tracker!r} is not installed; pip install {tracker}, or give --tracker none"
         )
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
     return Accelerator(
-        mixed_precision="bf16" if has_bf16 else "no",
+        mixed_precision=precision[compute_dtype()],
         log_with=None if tracker == "none" else tracker,
         project_dir=folder,
     )
@@ -466,7 +548,6 @@ class Policy(nn.Module):
             and is_llama(model, positions)
             and not config.attention_dropout
             and config._attn_implementation in ("sdpa", "eager")
-            and not (self.training and model.model.gradient_checkpointing)
         )
 
 

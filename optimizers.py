@@ -1,7 +1,8 @@
-"""How weights move: AdamW, or Muon for the matrices of a model
-that starts from nothing; and the learning rate over time.
+"""How weights move: AdamW, in 8 bits where memory is short, or Muon for the matrices of a model that starts
+from nothing; and the learning rate over time.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,10 +17,12 @@ BETAS = (0.9, 0.95)
 # matrices at about half this rate (`match_rms_adamw`), and the loss after 100 steps is 0.84, not 0.65.
 MUON_FACTOR = 4.0
 
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "muon"]
+
 
 def make_optimizer(
     policy: nn.Module,
-    name: Literal["adamw", "muon"],
+    name: OptimizerName,
     learning_rate: float,
     weight_decay: float,
     critic_learning_rate: float | None = None,
@@ -28,10 +31,15 @@ def make_optimizer(
 
     Args:
         policy: its parameters that require gradients are trained.
-        name: "adamw"; or "muon", which takes the matrices inside the layers and leaves the rest to AdamW.
+        name: "adamw"; the same with its moments in 8 bits (bitsandbytes, arXiv 2110.02861), "paged" to main
+            memory where the GPU's runs out; or "muon", which takes the matrices inside the layers and leaves
+            the rest to AdamW.
         learning_rate: AdamW's highest; Muon's is `MUON_FACTOR` times that.
         weight_decay: of matrices; norms and biases have no business at zero.
         critic_learning_rate: of everything in `policy.critic`, by AdamW; needed where there is one.
+
+    Raises:
+        ValueError: 8 bits without bitsandbytes, or "paged" without a GPU.
     """
     named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
     critic = [(name, p) for name, p in named if name.startswith("critic.")]
@@ -46,6 +54,9 @@ def make_optimizer(
     settings = {"lr": learning_rate, "betas": BETAS, "weight_decay": weight_decay, "fused": True}
     if name == "adamw":
         return AdamW([{"params": matrices}, *apart], **settings)
+    if name != "muon":
+        del settings["fused"]
+        return _eight_bit(name)([{"params": matrices}, *apart], **settings)
     # Rows of an embedding or head are separate directions, one a token: nothing to orthogonalise.
     # By type, not by name: GPT-2 calls its embeddings wte and wpe, and a tied head is one of them.
     tables = {id(module.weight) for module in policy.modules() if isinstance(module, nn.Embedding)}
@@ -54,6 +65,21 @@ def make_optimizer(
     others = [p for p in matrices if id(p) not in inside]
     muon = Muon(hidden, MUON_FACTOR * learning_rate, weight_decay)
     return Together([muon, AdamW([{"params": others}, *apart], **settings)])
+
+
+def _eight_bit(name: str) -> type[Optimizer]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"optimizer {name} needs bitsandbytes, which is not installed; give --optimizer adamw"
+        )
+    if name.startswith("paged") and not torch.cuda.is_available():
+        raise ValueError(f"optimizer {name} needs a GPU to page from; give --optimizer adamw_8bit")
+    import bitsandbytes  # seconds, for those who need it
+
+    return {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }[name]
 
 
 class Muon(Optimizer):

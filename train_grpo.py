@@ -32,7 +32,6 @@ from models import (
     ADAPTER,
     Policy,
     WithoutAdapter,
-    add_adapter,
     load_model,
     load_reward_model,
     load_tokenizer,
@@ -506,14 +505,12 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[
         held_out = (
             load_problems(config.data, "validation", **config.data_arguments()) if config.eval_every else []
         )
-        model = load_model(source, config.seed)
-        model = add_adapter(model, config.lora_rank, config.seed) if config.lora_rank else model
+        model = config.load_model(source)
         policy = Policy(model, config.critic)
         reference = build_reference(config, policy) if config.kl_coef else None
+        rates = (config.learning_rate, config.weight_decay, config.critic_learning_rate)
+        optimizer = make_optimizer(policy, config.optimizer, *rates)
 
-    optimizer = make_optimizer(
-        policy, config.optimizer, config.learning_rate, config.weight_decay, config.critic_learning_rate
-    )
     optimizer_steps = config.total_steps * config.updates_per_rollout * config.epochs_per_rollout
     scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, optimizer_steps)
     critic = policy.critic

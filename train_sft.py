@@ -24,8 +24,8 @@ from inference import SamplingParams
 from inference.engine import TorchEngine
 from losses import loss_weights
 from memory import peak_memory
-from models import TINY, Policy, add_adapter, load_model, load_tokenizer, make_accelerator
-from optimizers import make_optimizer, make_scheduler
+from models import TINY, Policy, load_tokenizer, make_accelerator
+from optimizers import OptimizerName, make_optimizer, make_scheduler
 from prompts import encode_prompt
 from runs.config import at_the_door, parse_config, require, run_script
 from runs.folder import Run, open_run
@@ -50,7 +50,7 @@ class SFTConfig(TrainingConfig):
     """Optimizer steps."""
     examples_per_step: int = 64
     """Examples in a step, over all processes."""
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: OptimizerName = "muon"
     learning_rate: float = 5e-3
     """The highest; 5e-3 suits the tiny model, 1e-5 a pretrained one."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -128,11 +128,10 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
         held_out = (
             load_problems(config.data, "validation", **load)[: config.eval_limit] if config.eval_every else []
         )
-        model = load_model(source, config.seed)
-        model = add_adapter(model, config.lora_rank, config.seed) if config.lora_rank else model
+        model = config.load_model(source)
+        policy = Policy(model)
+        optimizer = make_optimizer(policy, config.optimizer, config.learning_rate, config.weight_decay)
 
-    policy = Policy(model)
-    optimizer = make_optimizer(policy, config.optimizer, config.learning_rate, config.weight_decay)
     scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, config.total_steps)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     engine = TorchEngine(model, tokenizer)

@@ -5,6 +5,8 @@ learns from: the fields that its own configuration inherits.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from models import Quantization, add_adapter, checkpoint_activations, load_model
+from optimizers import OptimizerName
 from runs.config import require
 
 
@@ -35,11 +37,22 @@ class TrainingConfig:
     """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
 
     lora_rank: int = 0
-    """Above 0: LoRA adapters of this rank on every linear layer learn, and the weights stay as they are."""
+    """Above 0: LoRA adapters of this rank learn, and the weights stay as they are."""
+    lora_alpha: float | None = None
+    """What the adapters add is scaled by this over the rank; if not given, by 1."""
+    lora_dropout: float = 0.0
+    """Of what the adapters read, in updates alone."""
+    lora_targets: list[str] | None = None
+    """Names of the linear layers that get adapters, such as '[q_proj, v_proj]'; if not given, all of them."""
+    quantize: Quantization = "none"
+    """nf4: the weights under the adapters are held in 4 bits (QLoRA); needs bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Keep one state a block and compute the rest again: less memory for activations, a third more time."""
     total_steps: int
     """How long to train."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon learns a model from nothing in far fewer steps; adamw suits a pretrained one."""
+    optimizer: OptimizerName = "adamw"
+    """muon learns a model from nothing in far fewer steps; adamw suits a pretrained one, adamw_8bit takes a
+    quarter of its memory, and paged_adamw_8bit moves that out of a GPU's memory where it runs out."""
     learning_rate: float
     """The highest of the schedule."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -75,6 +88,24 @@ class TrainingConfig:
         require(self, "eval_limit", "save_every", "keep_checkpoints", at_least=1)
         require(self, "seed", "eval_every", "warmup_steps", "weight_decay", "lora_rank", at_least=0)
         require(self, "learning_rate", "max_grad_norm", above=0)
+        if self.lora_alpha is not None:
+            require(self, "lora_alpha", above=0)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        of_adapter = {"lora_alpha": None, "lora_dropout": 0.0, "lora_targets": None, "quantize": "none"}
+        for name, off in of_adapter.items():
+            if not self.lora_rank and getattr(self, name) != off:
+                raise ValueError(f"{name} needs adapters, got lora_rank 0; give --lora_rank 16")
+
+    def load_model(self, source: str) -> Any:
+        """The model to train, from `model` or a checkpoint of it."""
+        model = load_model(source, self.seed, quantize=self.quantize)
+        if self.gradient_checkpointing:
+            checkpoint_activations(model)
+        if not self.lora_rank:
+            return model
+        options = (self.lora_alpha, self.lora_dropout, self.lora_targets)
+        return add_adapter(model, self.lora_rank, self.seed, *options)
 
     def data_arguments(self) -> dict[str, Any]:
         """What `data.load_problems` is given for every split."""

@@ -87,9 +87,6 @@ def test_blocks_are_left_to_the_library_where_it_does_more():
     assert not Policy(model, "shared")._skips_padding(9)
     assert not Policy(build("qwen2", {"attention_dropout": 0.1}))._skips_padding(9)
     assert not Policy(build("gemma3_text", {"head_dim": 8}))._skips_padding(9)
-    model.gradient_checkpointing_enable()
-    assert Policy(model).eval()._skips_padding(9)
-    assert not Policy(model).train()._skips_padding(9)
 
 
 def test_a_window_is_left_to_the_library_where_a_text_is_longer():

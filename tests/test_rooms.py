@@ -29,7 +29,7 @@ ROOMS = {
     "updates": ["batches", "losses", "rollouts"],
     "runs": ["models", "runs.*"],
     "runs.config": [],
-    "runs.training": ["runs.config"],
+    "runs.training": ["models", "optimizers", "runs.config"],
     # Engines: tokens in, tokens out.
     "inference": [],
     "inference.sampling": ["inference"],

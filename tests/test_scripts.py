@@ -47,6 +47,9 @@ def quick_grpo(output, **changes):
     return GRPOConfig(output=str(output), **settings | changes)
 
 
+QLORA = {"quantize": "nf4", "optimizer": "adamw_8bit", "gradient_checkpointing": True, "lora_dropout": 0.1}
+
+
 def weights(folder):
     (file,) = Path(folder).glob("*model.safetensors")  # a model's, or an adapter's
     return load_file(file)
@@ -185,6 +188,7 @@ def crash_after(monkeypatch, step):
         (train_grpo, quick_grpo, {"algo": "ppo", "updates_per_rollout": 2, "critic": "separate"}),
         (train_grpo, quick_grpo, {"kl_target": 0.01, "ref_sync_steps": 2, "replay_groups": 3}),
         (train_grpo, quick_grpo, {"model": "random_qwen", "lora_rank": 4, "kl_coef": 0.1}),
+        (train_grpo, quick_grpo, {"model": "random_qwen", "lora_rank": 4, **QLORA}),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(train, quick, changes, tmp_path, monkeypatch, random_qwen):
@@ -293,7 +297,8 @@ def test_replayed_groups_are_learned_from_again_by_their_probability_now(tmp_pat
 def test_a_lora_policy_is_its_own_reference_and_is_saved_as_an_adapter(random_qwen, tmp_path, monkeypatch):
     loaded = []
     load = models_module.load_model
-    monkeypatch.setattr("train_grpo.load_model", lambda *args: loaded.append(args) or load(*args))
+    for place in ("train_grpo.load_model", "runs.training.load_model"):
+        monkeypatch.setattr(place, lambda *args, **how: loaded.append(args) or load(*args, **how))
     changes = {"model": str(random_qwen), "lora_rank": 4, "kl_coef": 0.1}
     steps = metrics_of(tmp_path, "run", **changes)
     assert len(loaded) == 1  # no second model for the reference
@@ -501,6 +506,10 @@ def exit_of(config_class, train, argv, capsys):
         (["--model", "tiny", "--data", "arithmetik"], ["arithmetik", "arithmetic"]),
         (["--model", "tiny", "--lora_rank", "4"], ["lora_rank", "--model"]),
         (["--lora_rank", "4", "--ref_sync_steps", "5"], ["lora_rank", "ref_sync_steps"]),
+        (["--lora_alpha", "4"], ["lora_alpha", "lora_rank", "--lora_rank 16"]),
+        (["--quantize", "nf4"], ["quantize", "--lora_rank 16"]),
+        (["--model", "tiny", "--quantize", "nf4", "--lora_rank", "4"], ["quantize", "--model"]),
+        (["--model", "tiny", "--optimizer", "paged_adamw_8bit"], ["paged_adamw_8bit", "GPU", "adamw_8bit"]),
         (["--surrogate", "cispo"], ["clip_high=0.2", "surrogate", "--clip_high 5"]),
         (["--overlong", "soft", "--rewards", "{soft_overlong(cache=5): 1.0}"], ["soft_overlong", "overlong"]),
         (["--algo", "grpo_lead", "--rewards", "{lead: 1.0}"], ["lead", "--length_alpha 0"]),
