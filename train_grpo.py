@@ -295,6 +295,7 @@ def train_step(training: Training) -> None:
     credit(batch, config, accelerator, kl_coef)
 
     # 4. Learn.
+    run.seed_dropout()
     critic_only = run.step < (config.critic_warmup_steps or 0)
     movers = (training.policy, training.optimizer, training.scheduler, training.micro_batches)
     updates = [

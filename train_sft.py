@@ -145,6 +145,7 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
         while run.step < config.total_steps and not stop.agreed:
             began = time.perf_counter()
             drawn = take(examples, config.seed, run.drawn, config.examples_per_step)
+            run.seed_dropout()
             metrics = update(*movers, drawn, tokenizer.pad_token_id, config.max_grad_norm)
             run.memory["budget"] = micro_batches.memory
             run.step += 1

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -211,6 +212,13 @@ class Run:
         if start.checkpoint is not None:
             self.log.say(f"going on from {start.checkpoint}")
 
+    def seed_dropout(self) -> None:
+        """Begin the random numbers of a step's update: they belong to (seed, step, process), so that a
+        resumed run draws what the whole one does. Everything else has keys of its own.
+        """
+        key = (self.config.seed, self.step, self.accelerator.process_index)
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
     def checkpoint(self) -> None:
         """Save what a resume after `self.step` steps needs."""
         state = {
@@ -220,7 +228,6 @@ class Run:
             "memory": self.memory,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
             "lines": line_offsets(self.folder),
         }
         folder = self.folder / "checkpoints" / f"step-{self.step:06d}"
@@ -266,7 +273,6 @@ class Run:
         self.memory = state["memory"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
         if self.accelerator.is_main_process:
             cut_lines(self.folder, state["lines"])
 

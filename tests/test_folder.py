@@ -21,6 +21,7 @@ from runs.metrics import LINES
 @dataclass(frozen=True)
 class Settings:
     output: str
+    seed: int = 0
     total_steps: int = 4
     learning_rate: float = 0.1
     options: dict[str, Any] = field(default_factory=dict)
@@ -225,11 +226,17 @@ def test_a_run_goes_on_with_optimizer_schedule_random_numbers_and_lines(config, 
     train(first, 2)
     first.evaluated("validation", figures(0.5))
     first.checkpoint()
+    first.seed_dropout()
     expected = torch.rand(3)
     train(first, 1)  # told, but lost in a kill: the checkpoint is older
 
     second = make_run(config)
+    second.seed_dropout()
     assert torch.equal(torch.rand(3), expected)
+    second.step = 3
+    second.seed_dropout()
+    assert not torch.equal(torch.rand(3), expected)
+    second.step = 2
     assert (second.step, second.best_accuracy) == (2, 0.5)
     assert second.scheduler.get_last_lr() == [0.025]
     moments = second.optimizer.state_dict()["state"][0]
