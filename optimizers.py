@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 BETAS = (0.9, 0.95)
 # Muon's rate over AdamW's, measured on the tiny model's cold start: torch's own matching of the two moves the
@@ -166,6 +168,33 @@ class Together(Optimizer):
 
     def _share_groups(self) -> None:
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def take_step(
+    accelerator: Accelerator,
+    policy: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    loss: float,
+    max_grad_norm: float,
+) -> tuple[float, str | None]:
+    """Clip the gradients and step; but leave the weights alone where loss or gradient are not finite, on all
+    processes if on one. The learning rate moves on in any case.
+
+    Returns:
+        The gradients' norm before clipping, and why there was no step; None where there was.
+    """
+    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm))
+    # Gradients in float16 overflow now and then, as they should: the scaler leaves such a step out itself,
+    # and scales less from there on.
+    is_fine = math.isfinite(loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None)
+    told = gather_object([None if is_fine else f"loss {loss:g}, gradient norm {grad_norm:g}"])
+    cause = next((cause for cause in told if cause), None)
+    if cause is None:
+        optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return grad_norm, cause
 
 
 def make_scheduler(

@@ -319,7 +319,9 @@ def train_step(training: Training) -> None:
     metrics["rollout/tokens_per_s"] = tokens / (rolled_out - began)
     metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
     run.log.step(run.step, metrics)
-    run.log.rollouts(gather_object(rollout_rows(groups, batch, run.step)))
+    rows = gather_object(rollout_rows(groups, batch, run.step))
+    run.log.rollouts(rows)
+    run.check_updates([done["cause"] for done in updates], rows)
     carry_over(training, metrics, fresh)
 
 
@@ -416,7 +418,7 @@ def carry_over(training: Training, metrics: dict[str, float], fresh: list[Group]
     """Get the coefficient, the reference and the replay ready for the next step."""
     config, run = training.config, training.run
     run.memory |= {"budget": training.micro_batches.memory, "sampler": training.engine.memory}
-    if config.kl_target:
+    if config.kl_target and "policy/kl" in metrics:
         # As in 1909.08593, section 2.2: proportional, and never in a hurry.
         error = min(max(metrics["policy/kl"] / config.kl_target - 1, -0.2), 0.2)
         run.memory["kl_coef"] *= 1 + 0.1 * error

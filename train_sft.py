@@ -10,7 +10,7 @@ processes.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from inference.engine import TorchEngine
 from losses import loss_weights
 from memory import peak_memory
 from models import TINY, Policy, load_tokenizer, make_accelerator
-from optimizers import OptimizerName, make_optimizer, make_scheduler
+from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
 from prompts import encode_prompt
 from runs.config import at_the_door, parse_config, require, run_script
 from runs.folder import Run, open_run
@@ -146,13 +146,14 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
             began = time.perf_counter()
             drawn = take(examples, config.seed, run.drawn, config.examples_per_step)
             run.seed_dropout()
-            metrics = update(*movers, drawn, tokenizer.pad_token_id, config.max_grad_norm)
+            metrics, cause = update(*movers, drawn, tokenizer.pad_token_id, config.max_grad_norm)
             run.memory["budget"] = micro_batches.memory
             run.step += 1
             run.drawn += config.examples_per_step
             metrics["time/update_s"] = time.perf_counter() - began
             metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
             run.log.step(run.step, metrics)
+            run.check_updates([cause], [asdict(example) for example in drawn])
             is_last = run.step == config.total_steps
             if config.eval_every and (run.step % config.eval_every == 0 or is_last):
                 run.evaluated(
@@ -171,8 +172,12 @@ def update(
     examples: list[Example],
     pad_token_id: int,
     max_grad_norm: float,
-) -> dict[str, float]:
-    """One optimizer step on this step's examples, of which every process takes its share."""
+) -> tuple[dict[str, float], str | None]:
+    """One optimizer step on this step's examples, of which every process takes its share.
+
+    Returns:
+        Its metrics, and why there was no step; None where there was.
+    """
     accelerator = micro_batches.accelerator
     total_tokens = sum(len(example.completion_ids) for example in examples)
     share = examples[accelerator.process_index :: accelerator.num_processes]
@@ -198,15 +203,12 @@ def update(
     with accelerator.no_sync(policy):
         micro_batches.run(lengths, range(len(share)), learn, restart)
     reduce_gradients(accelerator, policy)
-    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    return {
-        "policy/loss": float(accelerator.reduce(torch.stack(losses).sum())),
-        "policy/grad_norm": float(grad_norm),
-        "policy/learning_rate": scheduler.get_last_lr()[0],
-    }
+    loss = float(accelerator.reduce(torch.stack(losses).sum()))
+    grad_norm, cause = take_step(accelerator, policy, optimizer, scheduler, loss, max_grad_norm)
+    metrics = {"train/bad_updates": int(cause is not None)}
+    if cause is None:
+        metrics |= {"policy/loss": loss, "policy/grad_norm": grad_norm}
+    return metrics | {"policy/learning_rate": scheduler.get_last_lr()[0]}, cause
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from batches import MicroBatches, reduce_gradients
 from losses import kl_penalty, loss_weights, policy_loss, value_loss
+from optimizers import take_step
 from rollouts import RolloutBatch
 
 
@@ -64,9 +65,12 @@ def update(
     config: Any,
     kl_coef: float,
     critic_only: bool = False,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """One optimizer step on a minibatch; the gradient depends neither on the micro-batches nor on the
     processes. With `critic_only` the policy stays as it is.
+
+    Returns:
+        Sums over the tokens, and `cause`: why there was no step, None where there was.
     """
     accelerator = micro_batches.accelerator
     mask = batch.tensors["completion_mask"][rows]
@@ -111,11 +115,9 @@ def update(
     if critic_only:
         for parameter in accelerator.unwrap_model(policy).model.parameters():
             parameter.grad = None
-    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    return {**sums, "grad_norm": float(grad_norm)}
+    movers = (accelerator, policy, optimizer, scheduler)
+    grad_norm, cause = take_step(*movers, sums["loss"], config.max_grad_norm)
+    return {**sums, "grad_norm": grad_norm, "cause": cause}
 
 
 def micro_loss(
@@ -179,11 +181,16 @@ TOKEN_MEANS = {
 }
 
 
-def update_metrics(updates: list[list[dict[str, float]]]) -> dict[str, float]:
+def update_metrics(updates: list[list[dict[str, Any]]]) -> dict[str, float]:
     """The updates' metrics from every process' list; means are over the tokens that were learned from."""
-    every = [update for of_process in updates for update in of_process]
+    every = [update for of_process in updates for update in of_process if update["cause"] is None]
+    bad = sum(update["cause"] is not None for update in updates[0])
+    if not every:
+        return {"train/bad_updates": bad}
+    good = len(updates[0]) - bad
     metrics = {
-        "policy/loss": sum(update["loss"] for update in every) / len(updates[0]),
+        "train/bad_updates": bad,
+        "policy/loss": sum(update["loss"] for update in every) / good,
         "policy/grad_norm": max(update["grad_norm"] for update in every),
         "policy/ratio_max": max(update["ratio_max"] for update in every),
     }
@@ -192,5 +199,5 @@ def update_metrics(updates: list[list[dict[str, float]]]) -> dict[str, float]:
         if name in every[0]:
             metrics[key] = sum(update[name] for update in every) / tokens if tokens else 0.0
     if "value_clip_fraction" in every[0]:
-        metrics["critic/value_loss"] = sum(update["value_loss"] for update in every) / len(updates[0])
+        metrics["critic/value_loss"] = sum(update["value_loss"] for update in every) / good
     return metrics

@@ -29,7 +29,7 @@ from runs.checkpoint import (
     save_checkpoint,
     write_folder,
 )
-from runs.config import to_yaml
+from runs.config import RunStopped, to_yaml
 from runs.metrics import LINES, RunLog, cut_lines, line_offsets
 from runs.report import write_report
 from runs.signals import StopRequest
@@ -46,6 +46,7 @@ HARMLESS = {
     "eval_every",
     "eval_limit",
     "micro_batch_tokens",
+    "max_bad_updates",
 }
 
 
@@ -104,6 +105,7 @@ def write_run(start: Start, config: Any) -> None:
     else:
         shutil.rmtree(checkpoints, ignore_errors=True)
         shutil.rmtree(start.folder / "best", ignore_errors=True)
+        shutil.rmtree(start.folder / "incidents", ignore_errors=True)
         for name in LINES:
             (start.folder / name).unlink(missing_ok=True)
     (start.folder / "config.yaml").write_text(to_yaml(config))
@@ -201,6 +203,7 @@ class Run:
         self.model, self.tokenizer, self.optimizer, self.scheduler = model, tokenizer, optimizer, scheduler
         self.step, self.drawn, self.best_accuracy = 0, 0, -1.0
         self.memory: dict[str, Any] = {}
+        self.bad_in_a_row = 0
         if accelerator.is_main_process:
             write_run(start, config)
         if start.checkpoint is not None:
@@ -218,6 +221,36 @@ class Run:
         """
         key = (self.config.seed, self.step, self.accelerator.process_index)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+    def check_updates(self, causes: list[str | None], rows: list[dict[str, Any]]) -> None:
+        """Keep what a step learned from where an update of it was not finite and left out; stop after too
+        many.
+
+        Args:
+            causes: of each update of the step just done, None for a good one; the same on every process.
+            rows: prompts and completions of the step.
+
+        Raises:
+            RunStopped: `max_bad_updates` in a row.
+        """
+        for cause in causes:
+            self.bad_in_a_row = self.bad_in_a_row + 1 if cause else 0
+        bad = [cause for cause in causes if cause]
+        if not bad:
+            return
+        file = self.folder / "incidents" / f"step-{self.step:06d}.json"
+        if self.accelerator.is_main_process:
+            file.parent.mkdir(exist_ok=True)
+            incident = {"step": self.step, "causes": causes, "rows": rows}
+            file.write_text(json.dumps(incident, ensure_ascii=False))
+        self.log.say(f"step {self.step}: {len(bad)} of {len(causes)} updates left out ({bad[0]}); see {file}")
+        if self.bad_in_a_row >= self.config.max_bad_updates:
+            raise RunStopped(
+                f"{self.bad_in_a_row} updates in a row were not finite ({bad[-1]}); what they learned from "
+                f"is in {file.parent}, and the weights are as before them. To go on with half the rate: "
+                f"--resume {latest_checkpoint(self.folder) or 'never'} "
+                f"--learning_rate {self.config.learning_rate / 2:g}"
+            )
 
     def checkpoint(self) -> None:
         """Save what a resume after `self.step` steps needs."""

@@ -63,6 +63,8 @@ class TrainingConfig:
     """Of matrices; norms and biases are left alone."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
+    max_bad_updates: int = 5
+    """An update whose loss or gradient is not finite is left out; after so many in a row the run stops."""
     micro_batch_tokens: int | None = None
     """Tokens (padding included) that go through the model at once; if not given, 4,096 on a CPU and 16,384 on
     a GPU. Where memory runs out they are halved and the update is done again; the gradient stays."""
@@ -82,7 +84,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
-        require(self, "total_steps", "max_prompt_tokens", at_least=1)
+        require(self, "total_steps", "max_prompt_tokens", "max_bad_updates", at_least=1)
         if self.micro_batch_tokens is not None:
             require(self, "micro_batch_tokens", at_least=1)
         require(self, "eval_limit", "save_every", "keep_checkpoints", at_least=1)

@@ -3,11 +3,12 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW
 
 from models import Policy
-from optimizers import MUON_FACTOR, Muon, Together, make_optimizer, make_scheduler, orthogonalize
+from optimizers import MUON_FACTOR, Muon, Together, make_optimizer, make_scheduler, orthogonalize, take_step
 
 
 def names_of(groups, module):
@@ -200,3 +201,30 @@ def test_orthogonalize_keeps_the_singular_vectors_and_evens_the_values():
     values = inner.diagonal(dim1=-2, dim2=-1)
     assert ((values > 0.6) & (values < 1.3)).all()
     torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "of_others", "steps"),
+    [
+        (1.0, 1.0, [None], True),
+        (math.nan, 1.0, [], False),
+        (math.inf, 1.0, [], False),
+        (1.0, math.nan, [], False),
+        (1.0, math.inf, [], False),
+        (1.0, 1.0, ["loss nan, gradient norm 1"], False),
+    ],
+)
+def test_weights_move_only_where_every_process_is_finite(monkeypatch, loss, gradient, of_others, steps):
+    monkeypatch.setattr("optimizers.gather_object", lambda told: [*told, *of_others])
+    layer = nn.Linear(2, 2)
+    optimizer = AdamW(layer.parameters(), lr=0.1)
+    scheduler = make_scheduler(optimizer, "linear", 0, 10)
+    before = copy.deepcopy(layer.state_dict())
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    _, cause = take_step(Accelerator(), layer, optimizer, scheduler, loss, 1.0)
+    assert (cause is None) == steps
+    assert all(torch.equal(weight, before[name]) for name, weight in layer.state_dict().items()) != steps
+    assert all(p.grad is None for p in layer.parameters())
+    assert scheduler.get_last_lr() == [pytest.approx(0.09)]
+    assert not any(torch.isnan(v).any() for state in optimizer.state.values() for v in state.values())

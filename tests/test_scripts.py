@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import models as models_module
+import optimizers as optimizers_module
 import runs.folder
 from evaluate import EvaluateConfig
 from evaluate import main as evaluate
 from models import add_adapter, load_reward_model, save_model
-from runs.config import UserError, parse_config, run_script
+from runs.config import RunStopped, UserError, parse_config, run_script
 from train_grpo import GRPOConfig
 from train_grpo import main as train_grpo
 from train_sft import SFTConfig
@@ -61,6 +62,54 @@ def lines(path):
 
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Nothing that is not finite
+
+
+def poison(patch, train, steps):
+    """Make the gradient of one weight NaN in the updates of these steps, counted from 0."""
+    done = []
+    take_step = optimizers_module.take_step
+
+    def poisoned(accelerator, policy, *rest):
+        if len(done) in steps:
+            next(p for p in policy.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
+        done.append(1)
+        return take_step(accelerator, policy, *rest)
+
+    patch.setattr("updates.take_step" if train is train_grpo else "train_sft.take_step", poisoned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("train", "quick"), [(train_grpo, quick_grpo), (train_sft, quick_sft)])
+def test_an_update_that_is_not_finite_is_left_out_and_kept_for_inspection(
+    train, quick, tmp_path, monkeypatch, capsys
+):
+    poison(monkeypatch, train, {1})
+    config = quick(tmp_path / "run")
+    assert train(config) == 0
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "run" / "final").values())
+    told = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["train/bad_updates"] for line in told] == [0, 1] + [0] * (len(told) - 2)
+    assert "policy/loss" not in told[1]
+    incident = json.loads((tmp_path / "run" / "incidents" / "step-000002.json").read_text())
+    assert incident["step"] == 2
+    assert "nan" in incident["causes"][0]
+    assert len(incident["rows"]) >= 4
+    assert "step 2: 1 of 1 updates left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_too_many_bad_updates_stop_the_run_with_its_weights_unharmed(tmp_path, monkeypatch):
+    poison(monkeypatch, train_grpo, {1, 2, 3})
+    with pytest.raises(RunStopped, match=r"3 updates in a row.*nan.*--learning_rate 0.0002"):
+        train_grpo(quick_grpo(tmp_path / "run", total_steps=6, max_bad_updates=3, save_every=3))
+    after = weights(tmp_path / "run" / "checkpoints" / "step-000003")
+    monkeypatch.undo()
+    assert train_grpo(quick_grpo(tmp_path / "healthy", total_steps=1)) == 0
+    assert same(after, weights(tmp_path / "healthy" / "final"))
 
 
 # ------------------------------------------------------------------------------------------------------------
