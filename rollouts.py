@@ -203,6 +203,7 @@ def count(groups: Sequence[Group]) -> dict[str, Any]:
         "undecided": sum(undecided for group in groups for undecided in group.scores.undecided),
         "well_formed": sum(parse_completion(text).well_formed for group in groups for text in group.texts),
         "tokens": sum(len(c.token_ids) for group in groups for c in group.completions),
+        "duplicates": sum(len(group.texts) - len(set(group.texts)) for group in groups),
         "truncated": sum(c.finish_reason == "length" for group in groups for c in group.completions),
         "groups": len(groups),
         "same": sum(not group.has_signal for group in groups),
@@ -227,6 +228,7 @@ def rollout_metrics(counts: list[dict[str, Any]]) -> dict[str, float]:
         "rollout/completions": total("rows"),
         "rollout/completion_tokens": total("tokens") / total("rows"),
         "rollout/truncated_fraction": total("truncated") / total("rows"),
+        "rollout/duplicate_fraction": total("duplicates") / total("rows"),
         "rollout/zero_variance_groups": total("same") / total("groups"),
     }
     for name in counts[0]["parts"]:

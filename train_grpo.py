@@ -318,7 +318,7 @@ def train_step(training: Training) -> None:
     tokens = metrics["rollout/completion_tokens"] * metrics["rollout/completions"]
     metrics["rollout/tokens_per_s"] = tokens / (rolled_out - began)
     metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
-    run.log.step(run.step, metrics)
+    run.tell(metrics)
     rows = gather_object(rollout_rows(groups, batch, run.step))
     run.log.rollouts(rows)
     run.check_updates([done["cause"] for done in updates], rows)

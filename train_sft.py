@@ -152,7 +152,7 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
             run.drawn += config.examples_per_step
             metrics["time/update_s"] = time.perf_counter() - began
             metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
-            run.log.step(run.step, metrics)
+            run.tell(metrics)
             run.check_updates([cause], [asdict(example) for example in drawn])
             is_last = run.step == config.total_steps
             if config.eval_every and (run.step % config.eval_every == 0 or is_last):

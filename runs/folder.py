@@ -30,9 +30,10 @@ from runs.checkpoint import (
     write_folder,
 )
 from runs.config import RunStopped, to_yaml
-from runs.metrics import LINES, RunLog, cut_lines, line_offsets
+from runs.metrics import LINES, RunLog, cut_lines, line_offsets, read_lines
 from runs.report import write_report
 from runs.signals import StopRequest
+from runs.watchdog import Watchdog
 
 # Fields that may differ between a run and its continuation: they change how long or how loudly, not what is
 # learned.
@@ -212,6 +213,12 @@ class Run:
         if config.tracker != "none":
             accelerator.init_trackers("ponder", config=_flat(config))
         self.log = RunLog(self.folder, accelerator, config.total_steps, self.step)
+        self.watchdog = Watchdog(config)
+        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        # Told with the next step.
+        self.found = self.watchdog.start(trained)
+        for row in read_lines(self.folder):
+            self.watchdog.step(row)
         if start.checkpoint is not None:
             self.log.say(f"going on from {start.checkpoint}")
 
@@ -268,9 +275,17 @@ class Run:
             save_checkpoint(folder, self._save_model, state, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
+    def tell(self, metrics: dict[str, float]) -> None:
+        """Record the metrics of the step just done, and what the watchdog finds in them and since the "
+        "last."""
+        findings = self.found + self.watchdog.step(metrics)
+        self.found = []
+        self.log.step(self.step, metrics, findings)
+
     def evaluated(self, name: str, figures: dict[str, Any]) -> None:
         """Record an evaluation, and keep the model as `best/` if none was better."""
         self.log.evaluation(self.step, name, figures)
+        self.found += self.watchdog.evaluation(figures)
         if figures["accuracy_strict"] > self.best_accuracy:
             self.best_accuracy = figures["accuracy_strict"]
             self._write("best")

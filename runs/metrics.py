@@ -4,11 +4,15 @@ aligned line a step, a progress bar with the time left.
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
+
+from runs.watchdog import FINDINGS, Finding
 
 UNDECIDED = "rewards/undecided_fraction"
 LINES = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
@@ -59,18 +63,27 @@ class RunLog:
             disable=not (self.is_main and sys.stderr.isatty()),
         )
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of a finished step (counted from 1)."""
-        self._append("metrics.jsonl", [{"step": step, **metrics}])
+    def step(self, step: int, metrics: dict[str, float], findings: Sequence[Finding] = ()) -> None:
+        """Record the metrics of a finished step (counted from 1), and what the watchdog found in them."""
+        row: dict[str, Any] = {"step": step, **metrics}
+        if findings:
+            row[FINDINGS] = [asdict(finding) for finding in findings]
+        self._append("metrics.jsonl", [row])
         self.accelerator.log(metrics, step=step)
         self.bar.update()
         if step == 1 or step % self.line_every == 0 or step == self.total_steps:
             shown = [
-                f"{name} {metrics[key]:{form}}"
+                f"{name} {metrics[key]:{form}}{_remark(key, metrics)}"
                 for key, name, form in COLUMNS
                 if key in metrics and (metrics[key] or key != UNDECIDED)
             ]
             self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  " + "  ".join(shown))
+        self.found(findings)
+
+    def found(self, findings: Sequence[Finding]) -> None:
+        """Print what the watchdog found."""
+        for finding in findings:
+            self.say(f"watchdog: {finding.cause}: {finding.text}")
 
     def rollouts(self, rows: list[dict[str, Any]]) -> None:
         """Keep every completion of a step."""
@@ -101,6 +114,19 @@ class RunLog:
         if self.is_main:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _remark(key: str, metrics: dict[str, float]) -> str:
+    """What a number needs so that nobody is alarmed: a loss of nothing is not a run that learns nothing."""
+    on_policy = key == "policy/loss" and "train/reward" in metrics and abs(metrics[key]) < 5e-5
+    return " (normal: on-policy)" if on_policy else ""
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The steps that a run has told so far."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def line_offsets(folder: Path) -> dict[str, int]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from runs.watchdog import FINDINGS
+
 ROLLOUT_BYTES = 1 << 20  # read of each end of rollouts.jsonl, which may hold gigabytes
 SAMPLES = 4  # rollouts shown of the first step and of the last
 TEXT_LIMIT = 4000  # characters shown of a completion
@@ -91,7 +93,7 @@ def write_report(folder: Path) -> Path:
         title=_text(name),
         facts=" · ".join(_text(fact) for fact in facts),
         tiles=_tiles(config, metrics, evaluations),
-        warning=f'<p class="warning">{_count(broken, "unreadable line")} left out.</p>' if broken else "",
+        warning=_warnings(broken, metrics),
         charts=_charts(metrics, evaluations),
         rollouts=_rollouts(folder / "rollouts.jsonl"),
         tables=_tables(config, environment),
@@ -100,6 +102,17 @@ def write_report(folder: Path) -> Path:
     # A lone surrogate, which JSON can carry, has no UTF-8.
     path.write_bytes(page.encode("utf-8", "replace"))
     return path
+
+
+def _warnings(broken: int, metrics: Sequence[dict[str, Any]]) -> str:
+    """What the watchdog found, and what could not be read."""
+    told = [
+        f"Step {row.get('step')}, {finding['cause']}: {finding['text']}"
+        for row in metrics
+        for finding in row.get(FINDINGS, ())
+    ]
+    told += [f"{_count(broken, 'unreadable line')} left out."] if broken else []
+    return "".join(f'<p class="warning">{_text(text)}</p>' for text in told)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -219,7 +232,7 @@ def _duration(seconds: float) -> str:
 
 def _charts(metrics: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> str:
     """Every curve of the run, the learning curve first."""
-    logged = dict.fromkeys(key for row in metrics for key in row if key != "step")
+    logged = dict.fromkeys(key for row in metrics for key in row if key not in ("step", FINDINGS))
     last_step = max([row["step"] for row in [*metrics, *evaluations]], default=0)
     accuracy = _accuracy_series(evaluations)
     if "train/accuracy" in logged:

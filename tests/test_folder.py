@@ -24,6 +24,8 @@ class Settings:
     seed: int = 0
     total_steps: int = 4
     learning_rate: float = 0.1
+    lora_rank: int = 0
+    max_bad_updates: int = 2
     options: dict[str, Any] = field(default_factory=dict)
     resume: str = "auto"
     tracker: str = "none"

@@ -9,7 +9,8 @@ import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from runs.metrics import LINES, RunLog, cut_lines, line_offsets
+from runs.metrics import LINES, RunLog, cut_lines, line_offsets, read_lines
+from runs.watchdog import Finding
 
 STEP = {
     "train/reward": 0.5,
@@ -56,6 +57,21 @@ def test_every_step_evaluation_and_completion_is_a_line(log, tmp_path):
     written = (tmp_path / "rollouts.jsonl").read_bytes()
     assert written.count(b"\n") == 2
     assert json.loads(written.split(b"\n")[0]) == {"completion": "two\nlines, ünïcode \u2028"}
+
+
+def test_what_the_watchdog_found_stands_in_its_step_and_on_the_console(log, tmp_path, capsys):
+    log.step(1, STEP, [Finding("no_signal", "all rewards were equal")])
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert row["watchdog"] == [{"cause": "no_signal", "text": "all rewards were equal"}]
+    assert "watchdog: no_signal: all rewards were equal" in capsys.readouterr().out
+    assert read_lines(tmp_path) == [row]
+
+
+def test_a_loss_of_nothing_is_explained(log, capsys):
+    log.step(1, STEP | {"policy/loss": -0.0})
+    assert "loss -0.0000 (normal: on-policy)" in capsys.readouterr().out
+    log.step(40, STEP | {"policy/loss": 0.5})
+    assert "normal" not in capsys.readouterr().out
 
 
 def test_lines_are_cut_back_to_what_a_checkpoint_knew(log, tmp_path):

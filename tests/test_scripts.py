@@ -112,6 +112,18 @@ def test_too_many_bad_updates_stop_the_run_with_its_weights_unharmed(tmp_path, m
     assert same(after, weights(tmp_path / "healthy" / "final"))
 
 
+@pytest.mark.slow
+def test_a_run_that_learns_nothing_says_why_once(tmp_path, capsys):
+    config = quick_grpo(tmp_path / "run", total_steps=14, rewards={"correct": 1.0}, eval_every=0)
+    assert train_grpo(config) == 0  # random weights: no answer, no end
+    found = [line["watchdog"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "watchdog" in line]
+    assert [[finding["cause"] for finding in step] for step in found] == [["no_signal", "truncated"]]
+    printed = capsys.readouterr().out
+    assert printed.count("watchdog: no_signal: in 100% of the groups") == 1
+    assert "Begin with a cold start" in printed
+    assert "no_signal: in 100%" in (tmp_path / "run" / "report.html").read_text()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Learning
 
@@ -154,6 +166,9 @@ def test_grpo_raises_held_out_accuracy_by_twenty_points(trained):
     assert before["format_rate"] > 0.9  # the cold start taught the form
     assert after["accuracy_strict"] >= before["accuracy_strict"] + 0.20
     assert after["accuracy_sampled"] >= before["accuracy_sampled"] + 0.20
+    folder, _ = trained
+    told = [line for stage in ("sft", "grpo") for line in lines(folder / stage / "metrics.jsonl")]
+    assert not [line["watchdog"] for line in told if "watchdog" in line]  # a run that learns alarms nobody
     keys = {"model", "data", "n", "accuracy_strict", "accuracy_lenient", "ci95", "format_rate"}
     assert keys | {"truncation_rate", "mean_tokens"} <= figures.keys()
 
