@@ -19,6 +19,7 @@ import yaml
 from accelerate import Accelerator
 
 from models import save_model
+from runs import lock
 from runs.checkpoint import (
     MANIFEST,
     STATE,
@@ -69,11 +70,14 @@ def open_run(config: Any) -> Start:
         config: has `output`, `resume` ("auto", "never", or a checkpoint's folder) and `total_steps`.
 
     Raises:
-        ValueError: the folder cannot be written, or holds a run of another configuration.
+        ValueError: the folder cannot be written, is in use, or holds a run of another configuration.
         FileNotFoundError: `resume` names a folder that is no whole checkpoint.
     """
     folder = Path(config.output)
     _require_writable(folder)
+    # Processes of one run start together: the first asks for all.
+    if int(os.environ.get("RANK", "0")) == 0:
+        lock.require_free(folder)
     if config.resume == "never":
         return Start(folder, None, is_finished=False)
     if config.resume != "auto":
@@ -98,6 +102,7 @@ def write_run(start: Start, config: Any) -> None:
     """
     checkpoints = start.folder / "checkpoints"
     start.folder.mkdir(parents=True, exist_ok=True)
+    lock.take(start.folder)
     shutil.rmtree(start.folder / "final", ignore_errors=True)
     if start.checkpoint is not None and start.checkpoint.resolve().parent == checkpoints.resolve():
         for later in list_checkpoints(start.folder):
@@ -304,6 +309,7 @@ class Run:
         if self.accelerator.is_main_process:
             write_report(self.folder)
             self.log.say(f"learning curve: {self.folder / 'report.html'}")
+            lock.release(self.folder, os.getpid())
         self.log.close()
         return stop.exit_code if stop.agreed else 0
 

@@ -129,7 +129,8 @@ def test_resume_never_starts_over_and_drops_the_older_run(config):
         write_folder(folder / name, write_weights)
     start = begin(config, resume="never", learning_rate=0.5)
     assert start == Start(folder, None, is_finished=False)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "environment.json"]
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["config.yaml", "environment.json", "run.lock"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 0.5
 
 
