@@ -166,14 +166,22 @@ class Packing:
         self.positions = torch.cat([of_prompts, after[follows]])
         # What predicts a completion's first token is its prompt's last state, for the others the one before.
         self.split = len(of_prompts)
+        self.last = (self.lengths.cumsum(0) - 1)[self.prompt_of]
         places = torch.empty(completion_mask.shape, dtype=torch.long, device=device)
-        places[:, 0] = (self.lengths.cumsum(0) - 1)[self.prompt_of]
-        places[:, 1:][follows] = torch.arange(self.split, len(self.ids), device=device)
-        self.predicting = places[completion_mask]
+        places[:, 0] = torch.arange(len(places), device=device)
+        places[:, 1:][follows] = len(places) + torch.arange(len(self.ids) - self.split, device=device)
+        self.order = places[completion_mask]
         causal = torch.ones(length - 1, length - 1, dtype=torch.bool, device=device).tril()
         # `[B, 1, T-1, P+T-1]`, True where a completion's query may look.
         seen = prompt_mask[self.prompt_of][:, None].expand(-1, length - 1, -1)
         self.sees = torch.cat([seen, causal.expand(len(seen), -1, -1)], -1)[:, None]
+
+    def predicting(self, states: Tensor) -> Tensor:
+        """Of the states `[N, H]` of all tokens those that predict the completions' tokens, row by row."""
+        # Not by indexing: where a state is read twice, the gradients of several threads would be added in
+        # any order, and a run would not be the same twice.
+        first = states.index_select(0, self.last)
+        return _Pick.apply(torch.cat([first, states[self.split :]]), self.order)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Causal attention of every token to its own text: `[N, heads, D]` each, `[N, heads x D]` out."""
@@ -183,10 +191,13 @@ class Packing:
         mixed = [self.prompts.unpad(mixed)]
         if len(self.completions.places):
             queries, keys, values = (self.completions.pad(completion) for _, completion in parts)
-            keys = torch.cat([of_prompts[1][self.prompt_of], keys], 2)
-            values = torch.cat([of_prompts[2][self.prompt_of], values], 2)
+            keys = torch.cat([of_prompts[1].index_select(0, self.prompt_of), keys], 2)
+            values = torch.cat([of_prompts[2].index_select(0, self.prompt_of), values], 2)
+            if query.is_cuda:  # whose fast kernels take a mask or fewer key heads, and not both
+                times = queries.shape[1] // keys.shape[1]
+                keys, values = keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
             answers = scaled_dot_product_attention(
-                queries, keys, values, attn_mask=self.sees, scale=scaling, enable_gqa=True
+                queries, keys, values, attn_mask=self.sees, scale=scaling, enable_gqa=not query.is_cuda
             )
             mixed.append(self.completions.unpad(answers))
         return torch.cat(mixed).flatten(1)
@@ -223,4 +234,4 @@ def predicting_states(
             states = checkpoint(_run_block, layer, states, packing, cos, sin, use_reentrant=False)
         else:
             states = _run_block(layer, states, packing, cos, sin)
-    return norm(decoder.norm, states[packing.predicting])
+    return norm(decoder.norm, packing.predicting(states))
