@@ -43,11 +43,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _adapted_layers(model: nn.Module) -> list[nn.Module]:
-    """Linear layers under an adapter that is in use, whose own weights are plain numbers."""
+    """Linear layers under a plain LoRA adapter that is in use, whose own weights are plain numbers."""
     return [
         layer
         for layer in model.modules()
         if hasattr(layer, "get_delta_weight")
+        and hasattr(layer, "lora_A")
+        and not layer.lora_variant  # DoRA and others, which compute more than a sum
+        and not any(layer.lora_bias.values())
         and type(layer.get_base_layer()) is nn.Linear
         and not layer.merged
         and not layer.disable_adapters
@@ -112,6 +115,9 @@ class TorchEngine:
         self.max_cache_tokens, self.max_rows, self.merges = value
 
     def _layers_to_merge(self) -> list[nn.Module]:
+        # Autocast would round the sum to half precision, and most of what was learned away.
+        if torch.is_autocast_enabled(self.model.device.type):
+            return []
         layers = _adapted_layers(self.model)
         if layers and self.merges is None:
             weights = [layer.get_base_layer().weight for layer in layers]
