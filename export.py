@@ -19,13 +19,23 @@ from torch import nn
 
 from inference import SamplingParams
 from inference.engine import TorchEngine
-from models import ADAPTER, load_merged, load_model, load_tokenizer, make_accelerator, save_model
+from models import (
+    ADAPTER,
+    compute_dtype,
+    is_quantized,
+    load_merged,
+    load_model,
+    load_tokenizer,
+    make_accelerator,
+    save_model,
+)
 from prompts import encode_prompt
 from runs.checkpoint import latest_checkpoint, write_folder
 from runs.config import RunStopped, at_the_door, parse_config, run_script
 
 PARITY_QUESTIONS = 20
 ANSWER_TOKENS = 64
+ROLLOUT_BYTES = 2**20  # read of the end of rollouts.jsonl
 TOP_LOGITS = 20  # of each reference prompt, in parity.json
 # At most: mean KL divergence of the exported from the trained model over the answers' tokens, in nats. At
 # least: the share of these tokens that have to be its first choice too: rounding moves near-ties.
@@ -97,7 +107,10 @@ def reference_questions(run: Path) -> list[str]:
     asked: dict[str, None] = {}
     lines = run / "rollouts.jsonl"
     if lines.is_file():
-        for line in reversed(lines.read_text(encoding="utf-8").splitlines()):
+        with open(lines, "rb") as file:
+            file.seek(max(0, lines.stat().st_size - ROLLOUT_BYTES))
+            tail = file.read().split(b"\n")[1:-1]  # the first may be cut
+        for line in reversed(tail):
             asked[json.loads(line)["question"]] = None
             if len(asked) == PARITY_QUESTIONS:
                 break
@@ -114,7 +127,7 @@ def measure_parity(
     """How far an exported model is from the trained one."""
     divergences = [(p.exp() * (p - q)).sum(-1) for p, q in zip(trained, exported, strict=True)]
     kl = torch.cat(divergences)
-    same = [q.argmax(-1) == torch.tensor(ids) for q, ids in zip(exported, answers, strict=True)]
+    same = [p.argmax(-1) == q.argmax(-1) for p, q in zip(trained, exported, strict=True)]
     return {
         "same_tokens": float(torch.cat(same).double().mean()),
         "mean_kl": float(kl.mean()),
@@ -124,20 +137,20 @@ def measure_parity(
     }
 
 
-def check_parity(parity: dict[str, Any], dtype: str) -> None:
+def check_parity(parity: dict[str, Any], *dtypes: str) -> None:
     """Refuse an export that does not answer as what was trained.
 
     Raises:
-        RunStopped: it differs by more than rounding to `dtype` can.
+        RunStopped: it differs by more than rounding to the coarsest of `dtypes` can.
     """
-    most, least = LIMITS[dtype]
+    most, least = max(LIMITS[dtype] for dtype in dtypes)
     # Not "larger than": a NaN is larger than nothing.
     if not parity["mean_kl"] <= most or parity["same_tokens"] < least:
         raise RunStopped(
             f"the exported model is not what was trained: {parity['same_tokens']:.1%} of the tokens are "
             f"as there (at least {least:.0%} have to be), and the mean KL divergence is "
-            f"{parity['mean_kl']:.2g} nats a token (at most {most:g} with --dtype {dtype}); nothing was "
-            "written. With --dtype float32 only a fault can differ: please report it"
+            f"{parity['mean_kl']:.2g} nats a token (at most {most:g} with {' over '.join(dtypes)}); nothing "
+            "was written. In float32 only a fault can differ: please report it"
         )
 
 
@@ -216,15 +229,14 @@ def main(config: ExportConfig) -> int:
     parity: dict[str, Any] = {"is_adapter": is_adapter and not config.merge, "dtype": config.dtype}
 
     def write(folder: Path) -> None:
-        nonlocal model
-        if config.merge:
-            model = load_merged(str(source))
-        save_model(folder, model.to(dtype), tokenizer)
-        del model  # room for the one that is read again
+        written = load_merged(str(source)) if config.merge else model
+        save_model(folder, written.to(dtype), tokenizer)
         again = load_model(str(folder), device=make_accelerator().device).eval()
         exported = logprobs_of_answers(again, texts)
         parity.update(measure_parity(trained, exported, answers, greedy_answers(again, tokenizer, prompts)))
-        check_parity(parity, config.dtype)
+        # Weights in 4 bits are computed with in what the device is fast in.
+        computed = str(compute_dtype()).removeprefix("torch.") if is_quantized(model) else "float32"
+        check_parity(parity, config.dtype, computed)
         rows = []
         for (prompt, answer), logprobs in zip(texts, trained, strict=True):
             top = logprobs[0].topk(min(TOP_LOGITS, logprobs.shape[1]))

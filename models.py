@@ -217,6 +217,11 @@ def _four_bits() -> Any:
     )
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Are a model's own weights, or those under its adapter, held in 4 bits?"""
+    return getattr(without_adapter(model), "quantization_method", None) is not None
+
+
 def compute_dtype() -> torch.dtype:
     """What matrix products run in: bfloat16 on a GPU that has it, float16 on one that has not."""
     if not torch.cuda.is_available():
@@ -281,7 +286,7 @@ def load_merged(folder: str) -> nn.Module:
     from peft import PeftModel
 
     base = _load_base(folder)
-    if getattr(base, "quantization_method", None) is not None:
+    if is_quantized(base):
         base = base.dequantize()
     return PeftModel.from_pretrained(base.float(), folder).merge_and_unload(safe_merge=True)
 
@@ -313,7 +318,7 @@ def save_model(folder: str | os.PathLike, model: nn.Module, tokenizer: PreTraine
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if getattr(without_adapter(model), "quantization_method", None) is not None:
+    if is_quantized(model):
         (Path(folder) / QUANTIZED).write_text(json.dumps("nf4") + "\n")
     _say_rotary_base(Path(folder) / "config.json")
 
@@ -427,7 +432,7 @@ def load_reward_model(
 
 def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accelerator:
     """Accelerate as the machine allows: bfloat16 autocast on a GPU that has it, float16 with a scaler on one
-    that has not, float32 elsewhere.
+    that has not, float32 on a processor, which is where it runs on a Mac.
 
     Args:
         tracker: "none", or a tracker that Accelerate knows.
@@ -440,8 +445,11 @@ def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accele
         raise ValueError(
             f"tracker {tracker!r} is not installed; pip install {tracker}, or give --tracker none"
         )
+    # Apple's GPUs have no float64, in which random numbers and log-probabilities are kept.
+    use_cpu = torch.backends.mps.is_available()
     precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
     return Accelerator(
+        cpu=use_cpu,
         mixed_precision=precision[compute_dtype()],
         log_with=None if tracker == "none" else tracker,
         project_dir=folder,

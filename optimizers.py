@@ -186,12 +186,16 @@ def take_step(
     """
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm))
     # Gradients in float16 overflow now and then, as they should: the scaler leaves such a step out itself,
-    # and scales less from there on.
-    is_fine = math.isfinite(loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None)
+    # and scales less from there on, until less is nothing.
+    scaler = accelerator.scaler
+    may_overflow = scaler is not None and scaler.get_scale() >= 1
+    is_fine = math.isfinite(loss) and (math.isfinite(grad_norm) or may_overflow)
     told = gather_object([None if is_fine else f"loss {loss:g}, gradient norm {grad_norm:g}"])
     cause = next((cause for cause in told if cause), None)
     if cause is None:
         optimizer.step()
+    elif scaler is not None:
+        scaler.update()  # it has seen these gradients, and expects an end to their step
     scheduler.step()
     optimizer.zero_grad()
     return grad_norm, cause

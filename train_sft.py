@@ -26,7 +26,7 @@ from losses import loss_weights
 from memory import peak_memory
 from models import TINY, Policy, load_tokenizer, make_accelerator
 from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
-from prompts import encode_prompt
+from prompts import completion_prefix, encode_prompt, render_prompt
 from runs.config import at_the_door, parse_config, require, run_script
 from runs.folder import Run, open_run
 from runs.signals import stop_on_signal
@@ -88,14 +88,15 @@ def encode_examples(problems: list[Problem], tokenizer: Any, config: SFTConfig) 
         ValueError: nothing is left to train on.
     """
     examples, unworked, overlong = [], 0, 0
+    prefix = completion_prefix(render_prompt(tokenizer, ""))
     for problem in problems:
         if problem.completion is None:
             unworked += 1
             continue
         prompt_ids = encode_prompt(tokenizer, problem.question)
-        completion_ids = tokenizer.encode(problem.completion, add_special_tokens=False) + [
-            tokenizer.eos_token_id
-        ]
+        # What the template writes of the completion is the prompt's.
+        completion = problem.completion.removeprefix(prefix)
+        completion_ids = [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
         if len(prompt_ids) > config.max_prompt_tokens or len(completion_ids) > config.max_completion_tokens:
             overlong += 1
             continue
