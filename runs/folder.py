@@ -30,7 +30,7 @@ from runs.checkpoint import (
     save_checkpoint,
     write_folder,
 )
-from runs.config import RunStopped, to_yaml
+from runs.config import RunStopped, at_the_door, to_yaml
 from runs.metrics import LINES, RunLog, cut_lines, line_offsets, read_lines
 from runs.report import write_report
 from runs.signals import StopRequest
@@ -211,7 +211,8 @@ class Run:
         self.memory: dict[str, Any] = {}
         self.bad_in_a_row = 0
         if accelerator.is_main_process:
-            write_run(start, config)
+            with at_the_door():
+                write_run(start, config)
         if start.checkpoint is not None:
             self._restore(start.checkpoint)
         accelerator.wait_for_everyone()
@@ -219,11 +220,10 @@ class Run:
             accelerator.init_trackers("ponder", config=_flat(config))
         self.log = RunLog(self.folder, accelerator, config.total_steps, self.step)
         self.watchdog = Watchdog(config)
+        self.watchdog.replay(read_lines(self.folder, "metrics.jsonl"), read_lines(self.folder, "eval.jsonl"))
         trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        # Told with the next step.
         self.found = self.watchdog.start(trained)
-        for row in read_lines(self.folder):
-            self.watchdog.step(row)
+        self.log.found(self.found)  # and kept with the next step
         if start.checkpoint is not None:
             self.log.say(f"going on from {start.checkpoint}")
 
@@ -275,22 +275,25 @@ class Run:
             "scheduler": self.scheduler.state_dict(),
             "lines": line_offsets(self.folder),
         }
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
         folder = self.folder / "checkpoints" / f"step-{self.step:06d}"
         if self.accelerator.is_main_process:
             save_checkpoint(folder, self._save_model, state, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def tell(self, metrics: dict[str, float]) -> None:
-        """Record the metrics of the step just done, and what the watchdog finds in them and since the "
-        "last."""
-        findings = self.found + self.watchdog.step(metrics)
+        """Record the metrics of the step just done, and what the watchdog finds in them."""
+        found = self.watchdog.step(metrics)
+        self.log.step(self.step, metrics, self.found + found)
+        self.log.found(found)
         self.found = []
-        self.log.step(self.step, metrics, findings)
 
     def evaluated(self, name: str, figures: dict[str, Any]) -> None:
         """Record an evaluation, and keep the model as `best/` if none was better."""
-        self.log.evaluation(self.step, name, figures)
-        self.found += self.watchdog.evaluation(figures)
+        found = self.watchdog.evaluation(figures)
+        self.log.evaluation(self.step, name, figures, found)
+        self.log.found(found)
         if figures["accuracy_strict"] > self.best_accuracy:
             self.best_accuracy = figures["accuracy_strict"]
             self._write("best")
@@ -325,10 +328,24 @@ class Run:
         state = load_state(checkpoint)
         self.step, self.drawn, self.best_accuracy = state["step"], state["drawn"], state["best_accuracy"]
         self.memory = state["memory"]
+        asked = list(self.scheduler.base_lrs)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self._set_rates(asked)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process:
             cut_lines(self.folder, state["lines"])
+
+    def _set_rates(self, asked: list[float]) -> None:
+        """Go on at the configuration's learning rates, where they are not the checkpoint's."""
+        scheduler, groups = self.scheduler, self.optimizer.param_groups
+        factors = [rate / before for rate, before in zip(asked, scheduler.base_lrs, strict=True)]
+        for group, factor in zip(groups, factors, strict=True):
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+        scheduler.base_lrs = asked
+        scheduler._last_lr = [group["lr"] for group in groups]
 
 
 def _flat(config: Any) -> dict[str, Any]:

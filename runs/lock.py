@@ -35,7 +35,12 @@ def require_free(folder: Path) -> None:
 
 
 def take(folder: Path) -> None:
-    """Name this process as the one that writes, until it ends."""
+    """Name this process as the one that writes, until it ends.
+
+    Raises:
+        ValueError: another run was faster.
+    """
+    require_free(folder)  # once more: loading a model takes minutes
     path = folder / LOCK
     started = psutil.Process().create_time()
     path.write_text(json.dumps({"pid": os.getpid(), "started": started, "host": socket.gethostname()}))
@@ -43,13 +48,15 @@ def take(folder: Path) -> None:
 
 
 def release(folder: Path, pid: int) -> None:
-    """Let the folder go, unless this is a forked child of the process `pid` that holds it."""
-    if os.getpid() == pid:
-        (folder / LOCK).unlink(missing_ok=True)
+    """Let the folder go, if the process `pid` holds it and this is no forked child of it."""
+    path = folder / LOCK
+    if os.getpid() == pid and path.is_file() and f'"pid": {pid},' in path.read_text():
+        path.unlink()
 
 
 def _is_alive(pid: int, started: float) -> bool:
     try:  # numbers of processes are given again
-        return abs(psutil.Process(pid).create_time() - started) < 1
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1
     except psutil.Error:
         return False

@@ -65,10 +65,7 @@ class RunLog:
 
     def step(self, step: int, metrics: dict[str, float], findings: Sequence[Finding] = ()) -> None:
         """Record the metrics of a finished step (counted from 1), and what the watchdog found in them."""
-        row: dict[str, Any] = {"step": step, **metrics}
-        if findings:
-            row[FINDINGS] = [asdict(finding) for finding in findings]
-        self._append("metrics.jsonl", [row])
+        self._append("metrics.jsonl", [{"step": step, **metrics, **_told(findings)}])
         self.accelerator.log(metrics, step=step)
         self.bar.update()
         if step == 1 or step % self.line_every == 0 or step == self.total_steps:
@@ -78,7 +75,6 @@ class RunLog:
                 if key in metrics and (metrics[key] or key != UNDECIDED)
             ]
             self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  " + "  ".join(shown))
-        self.found(findings)
 
     def found(self, findings: Sequence[Finding]) -> None:
         """Print what the watchdog found."""
@@ -89,9 +85,11 @@ class RunLog:
         """Keep every completion of a step."""
         self._append("rollouts.jsonl", rows)
 
-    def evaluation(self, step: int, name: str, figures: dict[str, Any]) -> None:
-        """Record an evaluation made after `step` steps."""
-        self._append("eval.jsonl", [{"step": step, "set": name, **figures}])
+    def evaluation(
+        self, step: int, name: str, figures: dict[str, Any], findings: Sequence[Finding] = ()
+    ) -> None:
+        """Record an evaluation made after `step` steps, and what the watchdog found in it."""
+        self._append("eval.jsonl", [{"step": step, "set": name, **figures, **_told(findings)}])
         self.accelerator.log({f"eval/{name}_accuracy": figures["accuracy_strict"]}, step=step)
         low, high = figures["ci95"]
         self.say(
@@ -122,9 +120,13 @@ def _remark(key: str, metrics: dict[str, float]) -> str:
     return " (normal: on-policy)" if on_policy else ""
 
 
-def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The steps that a run has told so far."""
-    path = folder / "metrics.jsonl"
+def _told(findings: Sequence[Finding]) -> dict[str, Any]:
+    return {FINDINGS: [asdict(finding) for finding in findings]} if findings else {}
+
+
+def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What a run has told so far in one of its JSONL files."""
+    path = folder / name
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 

@@ -93,7 +93,7 @@ def write_report(folder: Path) -> Path:
         title=_text(name),
         facts=" · ".join(_text(fact) for fact in facts),
         tiles=_tiles(config, metrics, evaluations),
-        warning=_warnings(broken, metrics),
+        warning=_warnings(broken, [*metrics, *evaluations]),
         charts=_charts(metrics, evaluations),
         rollouts=_rollouts(folder / "rollouts.jsonl"),
         tables=_tables(config, environment),
@@ -104,11 +104,11 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _warnings(broken: int, metrics: Sequence[dict[str, Any]]) -> str:
+def _warnings(broken: int, rows: Sequence[dict[str, Any]]) -> str:
     """What the watchdog found, and what could not be read."""
     told = [
         f"Step {row.get('step')}, {finding['cause']}: {finding['text']}"
-        for row in metrics
+        for row in rows
         for finding in row.get(FINDINGS, ())
     ]
     told += [f"{_count(broken, 'unreadable line')} left out."] if broken else []

@@ -4,7 +4,7 @@ It reads the metrics that are written anyway, means over a window of steps, and 
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -41,7 +41,8 @@ class Watchdog:
         self.rows: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
         self.first: dict[str, float] | None = None  # means of the first window
         self.best_format = 0.0
-        self.best: tuple[float, float, float] | None = None  # accuracy, its lower bound, the reward then
+        # Of the best evaluation: accuracy, its lower bound, the reward then.
+        self.best: tuple[float, float, float | None] | None = None
         self.told: set[str] = set()
 
     def start(self, trained_parameters: int) -> list[Finding]:
@@ -57,6 +58,16 @@ class Watchdog:
                 "learning_rate", text + "were trained to; --learning_rate 1e-6, or --lora_rank 16"
             )
         return []
+
+    def replay(self, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> None:
+        """Take up what a run has told before it was stopped: nothing is told twice."""
+        rows = sorted([*steps, *evaluations], key=lambda row: row["step"])  # an evaluation after its step
+        for row in rows:
+            if "accuracy_strict" in row:
+                self.evaluation(row)
+            else:
+                self.step(row)
+        self.told = {finding["cause"] for row in rows for finding in row.get(FINDINGS, ())}
 
     def step(self, metrics: Mapping[str, float]) -> list[Finding]:
         """Look at a step; what was not found before is returned."""
@@ -74,10 +85,12 @@ class Watchdog:
         accuracy, (low, high) = figures["accuracy_strict"], figures["ci95"]
         reward = self._mean("train/reward")
         if self.best is None or accuracy > self.best[0]:
-            self.best = (accuracy, low, -float("inf") if reward is None else reward)
+            self.best = (accuracy, low, reward)
             return []
         best, best_low, best_reward = self.best
-        if reward is None or high >= best_low or reward <= best_reward:
+        if best_reward is None and self.first is not None:
+            best_reward = self.first.get("train/reward")
+        if reward is None or best_reward is None or high >= best_low or reward <= best_reward:
             return []
         return self._tell(
             "reward_hacking",
@@ -146,7 +159,7 @@ def _format_lost(dog: Watchdog) -> str | None:
 
 def _duplicates(dog: Watchdog) -> str | None:
     share, right = dog._mean("rollout/duplicate_fraction"), dog._mean("rewards/correct")
-    if share is None or share < 0.8 or (right is not None and right > 0.5):
+    if share is None or right is None or share < 0.8 or right > 0.5:
         return None
     return (
         f"{share:.0%} of the completions repeat another of their group word by word, and few are right: "
@@ -163,9 +176,8 @@ def _entropy_collapse(dog: Watchdog) -> str | None:
     if entropy > 0.1 * first or right > 0.8:
         return None
     return (
-        f"entropy fell from {first:.3f} to {entropy:.4f} nats a token at {right:.0%} right answers: the "
-        f"policy no "
-        "longer tries anything else. --clip_high 0.28, --entropy_coef 0.001, or a smaller --learning_rate"
+        f"entropy fell from {first:.3f} to {entropy:.4f} nats a token at {right:.0%} right answers: nothing "
+        "else is tried. From an earlier checkpoint --entropy_coef 0.001, or a smaller --learning_rate"
     )
 
 
@@ -209,8 +221,11 @@ def _large_updates(dog: Watchdog) -> str | None:
 
 def _mismatch(dog: Watchdog) -> str | None:
     gap = dog._mean("rollout/sampler_mismatch_kl")
-    # With several updates a rollout the policy itself has moved.
-    if gap is None or gap < 0.01 or dog.config.updates_per_rollout * dog.config.epochs_per_rollout > 1:
+    if gap is None or gap < 0.01:
+        return None
+    config = dog.config
+    has_moved = config.updates_per_rollout * config.epochs_per_rollout > 1 or config.replay_groups
+    if has_moved or config.lora_dropout:  # then the difference is not the sampler's
         return None
     return (
         f"sampler and trainer differ by {gap:.3f} nats a token, as if two models were at work: samples "

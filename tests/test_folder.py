@@ -250,6 +250,21 @@ def test_a_run_goes_on_with_optimizer_schedule_random_numbers_and_lines(config, 
     assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3, 4]
 
 
+def test_a_run_goes_on_at_the_rate_that_it_is_asked_for(config, make_run):
+    first = make_run(config)
+    train(first, 2)
+    first.checkpoint()
+    asked = dataclasses.replace(
+        config, learning_rate=config.learning_rate / 2, resume=f"{config.output}/checkpoints/step-000002"
+    )
+    second = make_run(asked)
+    assert second.scheduler.get_last_lr() == [first.scheduler.get_last_lr()[0] / 2]
+    assert second.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"] / 2
+    train(first, 1)
+    train(second, 1)
+    assert second.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"] / 2
+
+
 def test_best_is_the_best_and_not_the_last(config, make_run):
     run, saved = make_run(config), []
     run._write = saved.append

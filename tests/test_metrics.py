@@ -28,6 +28,9 @@ STEP = {
 }
 
 
+FIGURES = {"accuracy_strict": 0.5, "ci95": [0.2, 0.8], "n": 10}
+
+
 @pytest.fixture
 def log(tmp_path):
     log = RunLog(tmp_path, Accelerator(), total_steps=40, first_step=0)
@@ -63,8 +66,11 @@ def test_what_the_watchdog_found_stands_in_its_step_and_on_the_console(log, tmp_
     log.step(1, STEP, [Finding("no_signal", "all rewards were equal")])
     (row,) = rows(tmp_path / "metrics.jsonl")
     assert row["watchdog"] == [{"cause": "no_signal", "text": "all rewards were equal"}]
+    log.found([Finding("no_signal", "all rewards were equal")])
     assert "watchdog: no_signal: all rewards were equal" in capsys.readouterr().out
-    assert read_lines(tmp_path) == [row]
+    assert read_lines(tmp_path, "metrics.jsonl") == [row]
+    log.evaluation(2, "validation", FIGURES, [Finding("reward_hacking", "up and down")])
+    assert read_lines(tmp_path, "eval.jsonl")[0]["watchdog"][0]["cause"] == "reward_hacking"
 
 
 def test_a_loss_of_nothing_is_explained(log, capsys):

@@ -24,7 +24,11 @@ HEALTHY = {
 
 def config(**changes):
     fields = {"learning_rate": 1e-6, "lora_rank": 0, "max_completion_tokens": 64}
-    return SimpleNamespace(**fields | {"updates_per_rollout": 1, "epochs_per_rollout": 1} | changes)
+    return SimpleNamespace(
+        **fields
+        | {"updates_per_rollout": 1, "epochs_per_rollout": 1, "replay_groups": 0, "lora_dropout": 0.0}
+        | changes
+    )
 
 
 def watch(dog, steps, **changes):
@@ -89,8 +93,9 @@ def test_solved_problems_may_be_answered_without_entropy_and_alike():
     assert watch(dog, WINDOW, **slashed(solved)) == []
 
 
-def test_several_updates_of_a_rollout_are_no_mismatch():
-    dog = Watchdog(config(updates_per_rollout=4))
+@pytest.mark.parametrize("knob", [{"updates_per_rollout": 4}, {"replay_groups": 2}, {"lora_dropout": 0.1}])
+def test_a_policy_that_has_moved_is_no_mismatch(knob):
+    dog = Watchdog(config(**knob))
     assert watch(dog, WINDOW, **slashed({"rollout__sampler_mismatch_kl": 0.05})) == []
 
 
@@ -112,6 +117,29 @@ def test_rewards_that_rise_while_held_out_accuracy_falls_are_hacking():
     falling.evaluation(evaluation(0.5))
     watch(falling, WINDOW, **slashed({"train__reward": 0.2}))
     assert falling.evaluation(evaluation(0.3)) == []  # both fall: that is no hacking
+
+
+def test_a_model_that_breaks_after_the_first_evaluation_is_not_hacking():
+    dog = Watchdog(config())
+    dog.evaluation({"accuracy_strict": 0.6, "ci95": [0.55, 0.65]})  # before the first step
+    watch(dog, WINDOW, **slashed({"train__reward": 0.6}))
+    watch(dog, WINDOW, **slashed({"train__reward": 0.05}))
+    assert dog.evaluation({"accuracy_strict": 0.05, "ci95": [0.02, 0.1]}) == []
+
+
+def test_a_resumed_run_tells_nothing_twice():
+    first, told = Watchdog(config()), []
+    for step in range(3 * WINDOW):
+        changes = {} if step < WINDOW else slashed(PLANTED["truncated"][0])
+        found = first.step(HEALTHY | changes)
+        row = {"step": step, **HEALTHY, **changes}
+        told.append(row | ({"watchdog": [vars(finding) for finding in found]} if found else {}))
+    evaluation = {"step": 5, "accuracy_strict": 0.5, "ci95": [0.4, 0.6]}
+    second = Watchdog(config())
+    second.replay(told, [evaluation])
+    assert second.told == {"truncated"}
+    assert watch(second, WINDOW, **slashed(PLANTED["truncated"][0])) == []
+    assert second.best[0] == 0.5
 
 
 @pytest.mark.parametrize(
