@@ -318,6 +318,17 @@ def test_an_adapter_is_merged_for_a_rollout_and_its_weights_are_the_same_afterwa
         assert TorchEngine(tuned, tokenizer()).generate(PROMPTS, 2, WARM, (3,)) != expected
 
 
+def test_half_precision_and_what_is_no_plain_sum_are_never_merged(tuned, random_model):
+    engine = TorchEngine(tuned, tokenizer())
+    assert engine._layers_to_merge()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert engine._layers_to_merge() == []
+    for options in ({"use_dora": True}, {"lora_bias": True}):
+        config = LoraConfig(r=2, target_modules="all-linear", **options)
+        other = get_peft_model(copy.deepcopy(random_model("llama")), config)
+        assert TorchEngine(other, tokenizer())._layers_to_merge() == []
+
+
 def test_an_adapter_comes_apart_again_where_a_rollout_fails(tuned):
     before = {name: p.clone() for name, p in tuned.named_parameters()}
 

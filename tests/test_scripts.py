@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 import models as models_module
 import optimizers as optimizers_module
 import runs.folder
+from data import Problem
 from evaluate import EvaluateConfig
 from evaluate import main as evaluate
-from models import add_adapter, load_reward_model, save_model
+from models import add_adapter, build_tiny_tokenizer, load_reward_model, save_model
 from runs.config import RunStopped, UserError, parse_config, run_script
 from train_grpo import GRPOConfig
 from train_grpo import main as train_grpo
-from train_sft import SFTConfig
+from train_sft import SFTConfig, encode_examples
 from train_sft import main as train_sft
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,18 @@ def lines(path):
 
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_thought_that_the_template_opens_is_not_opened_again():
+    tokenizer = build_tiny_tokenizer()
+    problem = Problem("1 + 1 = ?", "2", "<think>1 + 1 = 2</think><answer>2</answer>")
+    for opens in (False, True):
+        if opens:
+            tokenizer.chat_template += "{%- if add_generation_prompt -%}<think>{%- endif -%}"
+        (example,), _ = encode_examples([problem], tokenizer, SFTConfig())
+        text = tokenizer.decode(example.prompt_ids) + tokenizer.decode(example.completion_ids)
+        assert text.count("<think>") == 1
+        assert text.endswith("<think>1 + 1 = 2</think><answer>2</answer><|end|>")
 
 
 # ------------------------------------------------------------------------------------------------------------
