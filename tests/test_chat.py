@@ -326,7 +326,12 @@ def test_control_c_stops_the_answer_and_not_the_chat():
 
     model = scripted_model(interrupt, seconds_per_token=0.001)
     out = Terminal()
-    turn = answer_turn(model, [Turn("q")], SamplingParams(max_completion_tokens=2000), (0,), out)
+    # A shell starts what runs in the background with Ctrl-C ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        turn = answer_turn(model, [Turn("q")], SamplingParams(max_completion_tokens=2000), (0,), out)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert turn.question == "q"
     assert "stopped" in out.getvalue()
     assert model.engine.computed.get("[user] q\n[assistant] ", 0) < 1000
