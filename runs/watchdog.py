@@ -51,12 +51,8 @@ class Watchdog:
         if config.lora_rank and rate < 2e-6:
             return self._tell("learning_rate", f"adapters hardly move at {rate:g}; --learning_rate 1e-5")
         if not config.lora_rank and trained_parameters > PRETRAINED_PARAMETERS and rate > 5e-5:
-            text = (
-                f"{rate:g} for all weights of {trained_parameters / 1e6:.0f} M parameters undoes what they "
-            )
-            return self._tell(
-                "learning_rate", text + "were trained to; --learning_rate 1e-6, or --lora_rank 16"
-            )
+            text = f"{rate:g} for {trained_parameters / 1e6:.0f} M pretrained weights undoes their training"
+            return self._tell("learning_rate", text + "; --learning_rate 1e-6, or --lora_rank 16")
         return []
 
     def replay(self, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> None:
@@ -75,15 +71,19 @@ class Watchdog:
         if len(self.rows) < WINDOW:
             return []
         if self.first is None:
-            self.first = {name: self._mean(name) for name in metrics if self._mean(name) is not None}
+            self.first = {name: self.mean(name) for name in metrics if self.mean(name) is not None}
         found = [finding for cause, look in CHECKS.items() for finding in self._tell(cause, look(self))]
-        self.best_format = max(self.best_format, self._mean("train/format_rate") or 0.0)
+        for cause, (name, ceiling, text) in CEILINGS.items():
+            value = self.mean(name)
+            if value is not None and value >= ceiling:
+                found += self._tell(cause, text.format(value=value, steps=WINDOW, config=self.config))
+        self.best_format = max(self.best_format, self.mean("train/format_rate") or 0.0)
         return found
 
     def evaluation(self, figures: Mapping[str, Any]) -> list[Finding]:
         """Look at an evaluation on held-out problems."""
         accuracy, (low, high) = figures["accuracy_strict"], figures["ci95"]
-        reward = self._mean("train/reward")
+        reward = self.mean("train/reward")
         if self.best is None or accuracy > self.best[0]:
             self.best = (accuracy, low, reward)
             return []
@@ -95,10 +95,8 @@ class Watchdog:
         return self._tell(
             "reward_hacking",
             f"rewards rose from {best_reward:.3f} to {reward:.3f} while held-out accuracy fell from "
-            f"{best:.1%} to "
-            f"{accuracy:.1%}: the scorer is being fooled. Read the best-paid completions in "
-            f"rollouts.jsonl, and "
-            "weigh down whatever of --rewards pays for them; best/ has the model of then",
+            f"{best:.1%} to {accuracy:.1%}: the scorer is being fooled. Read the best-paid completions in "
+            "rollouts.jsonl, and weigh down whatever of --rewards pays for them; best/ has the model of then",
         )
 
     def _tell(self, cause: str, text: str | None) -> list[Finding]:
@@ -107,70 +105,80 @@ class Watchdog:
         self.told.add(cause)
         return [Finding(cause, text)]
 
-    def _mean(self, name: str) -> float | None:
+    def mean(self, name: str) -> float | None:
         """Over the window, None where a step of it has no such metric."""
         values = [row[name] for row in self.rows if name in row]
         return fmean(values) if len(values) == WINDOW else None
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is looked for; each returns the evidence and the remedy, None where all is well
+# What is looked for
+
+
+# A mean that should stay below a bound: the metric, the bound, the evidence and the remedy.
+CEILINGS: dict[str, tuple[str, float, str]] = {
+    "truncated": (
+        "rollout/truncated_fraction",
+        0.9,
+        "{value:.0%} of the completions of {steps} steps ran into --max_completion_tokens "
+        "{config.max_completion_tokens}: give more, or the model never ends its turn; --overlong soft, or a "
+        "cold start that shows it the end",
+    ),
+    "kl_explosion": (
+        "policy/kl",
+        1.0,
+        "the KL to the model that the run began with is {value:.1f} nats a token: little of it is left. A "
+        "larger --kl_coef, --kl_target 0.1, or a smaller --learning_rate",
+    ),
+    "large_updates": (
+        "policy/approx_kl",
+        0.1,
+        "updates move the policy by {value:.2f} nats a token from what was sampled: a smaller "
+        "--learning_rate, or fewer --updates_per_rollout and --epochs_per_rollout",
+    ),
+}
 
 
 def _no_signal(dog: Watchdog) -> str | None:
-    share = dog._mean("rollout/zero_variance_groups")
+    share = dog.mean("rollout/zero_variance_groups")
     if share is None or share < 0.95:
         return None
     seen = f"in {share:.0%} of the groups of {WINDOW} steps all rewards were equal, and taught nothing"
-    right = dog._mean("rewards/correct")
+    right = dog.mean("rewards/correct")
     if right is not None and right > 0.9:
         return f"{seen}: the problems are solved. Stop here, or give harder ones"
     if right is not None and right < 0.1:
         return (
             f"{seen}: hardly an answer is right. Begin with a cold start (train_sft.py), give easier "
-            f"problems or a "
-            "larger --group_size, and read rollouts.jsonl: is the answer where it is looked for?"
+            "problems or a larger --group_size, and read rollouts.jsonl: does the answer stand where it is "
+            "looked for?"
         )
     return f"{seen}. Do the --rewards tell completions apart? --algo dapo replaces such groups"
 
 
-def _truncated(dog: Watchdog) -> str | None:
-    share = dog._mean("rollout/truncated_fraction")
-    if share is None or share < 0.9:
-        return None
-    return (
-        f"{share:.0%} of the completions of {WINDOW} steps ran into --max_completion_tokens "
-        f"{dog.config.max_completion_tokens}: give more, or the model never ends its turn; --overlong "
-        f"soft, or a "
-        "cold start that shows it the end"
-    )
-
-
 def _format_lost(dog: Watchdog) -> str | None:
-    share = dog._mean("train/format_rate")
+    share = dog.mean("train/format_rate")
     if share is None or dog.best_format < 0.5 or share > dog.best_format / 2:
         return None
     return (
         f"well-formed completions fell from {dog.best_format:.0%} to {share:.0%}: weigh format higher in "
-        f"--rewards, "
-        "or give a smaller --learning_rate"
+        "--rewards, or give a smaller --learning_rate"
     )
 
 
 def _duplicates(dog: Watchdog) -> str | None:
-    share, right = dog._mean("rollout/duplicate_fraction"), dog._mean("rewards/correct")
+    share, right = dog.mean("rollout/duplicate_fraction"), dog.mean("rewards/correct")
     if share is None or right is None or share < 0.8 or right > 0.5:
         return None
     return (
         f"{share:.0%} of the completions repeat another of their group word by word, and few are right: "
-        f"nothing new "
-        "is tried. --temperature 1, --entropy_coef 0.001, or an earlier checkpoint"
+        "nothing new is tried. --temperature 1, --entropy_coef 0.001, or an earlier checkpoint"
     )
 
 
 def _entropy_collapse(dog: Watchdog) -> str | None:
-    entropy, first = dog._mean("policy/entropy"), (dog.first or {}).get("policy/entropy")
-    right = dog._mean("rewards/correct")
+    entropy, first = dog.mean("policy/entropy"), (dog.first or {}).get("policy/entropy")
+    right = dog.mean("rewards/correct")
     if entropy is None or first is None or right is None:
         return None
     if entropy > 0.1 * first or right > 0.8:
@@ -182,45 +190,20 @@ def _entropy_collapse(dog: Watchdog) -> str | None:
 
 
 def _noise(dog: Watchdog) -> str | None:
-    entropy, first = dog._mean("policy/entropy"), (dog.first or {}).get("policy/entropy")
-    reward, first_reward = dog._mean("train/reward"), (dog.first or {}).get("train/reward")
-    if (
-        None in (entropy, first, reward, first_reward)
-        or entropy < max(1.0, 2 * first)
-        or reward > first_reward
-    ):
+    entropy, first = dog.mean("policy/entropy"), (dog.first or {}).get("policy/entropy")
+    reward, first_reward = dog.mean("train/reward"), (dog.first or {}).get("train/reward")
+    if None in (entropy, first, reward, first_reward):
+        return None
+    if entropy < max(1.0, 2 * first) or reward > first_reward:
         return None
     return (
-        f"entropy rose from {first:.2f} to {entropy:.2f} nats a token while the reward fell to "
-        f"{reward:.3f}: the "
-        "policy is turning to noise. A smaller --learning_rate, from an earlier checkpoint"
-    )
-
-
-def _kl_explosion(dog: Watchdog) -> str | None:
-    kl = dog._mean("policy/kl")
-    if kl is None or kl < 1.0:
-        return None
-    return (
-        f"the KL to the model that the run began with is {kl:.1f} nats a token: little of it is left. A "
-        f"larger "
-        "--kl_coef, --kl_target 0.1, or a smaller --learning_rate"
-    )
-
-
-def _large_updates(dog: Watchdog) -> str | None:
-    kl = dog._mean("policy/approx_kl")
-    if kl is None or kl < 0.1:
-        return None
-    return (
-        f"updates move the policy by {kl:.2f} nats a token from what was sampled: a smaller "
-        f"--learning_rate, or "
-        "fewer --updates_per_rollout and --epochs_per_rollout"
+        f"entropy rose from {first:.2f} to {entropy:.2f} nats a token while the reward fell to {reward:.3f}: "
+        "the policy is turning to noise. A smaller --learning_rate, from an earlier checkpoint"
     )
 
 
 def _mismatch(dog: Watchdog) -> str | None:
-    gap = dog._mean("rollout/sampler_mismatch_kl")
+    gap = dog.mean("rollout/sampler_mismatch_kl")
     if gap is None or gap < 0.01:
         return None
     config = dog.config
@@ -228,20 +211,17 @@ def _mismatch(dog: Watchdog) -> str | None:
     if has_moved or config.lora_dropout:  # then the difference is not the sampler's
         return None
     return (
-        f"sampler and trainer differ by {gap:.3f} nats a token, as if two models were at work: samples "
-        f"are weighed "
-        "for it, but the difference should be a hundredth of that. Please report it with environment.json"
+        f"sampler and trainer differ by {gap:.3f} nats a token, as if two models were at work. Samples are "
+        "weighed for it, but it should be a hundredth of that: please report it with environment.json"
     )
 
 
+# Each returns the evidence and the remedy, None where all is well.
 CHECKS: dict[str, Callable[[Watchdog], str | None]] = {
     "no_signal": _no_signal,
-    "truncated": _truncated,
     "format_lost": _format_lost,
     "duplicates": _duplicates,
     "entropy_collapse": _entropy_collapse,
     "noise": _noise,
-    "kl_explosion": _kl_explosion,
-    "large_updates": _large_updates,
     "mismatch": _mismatch,
 }
