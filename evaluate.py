@@ -77,10 +77,8 @@ class EvaluateConfig:
             require(self, "limit", at_least=1)
         for name in ("json", "write_sft"):
             file = getattr(self, name)
-            if file and not Path(file).parent.is_dir():
-                raise ValueError(
-                    f"{name} {file!r} cannot be written: {Path(file).parent} is no folder; make it"
-                )
+            if file and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+                raise ValueError(f"{name} {file!r} cannot be written; give a file in a folder that is there")
         if self.write_sft and not self.samples:
             raise ValueError("write_sft needs sampled answers, got samples 0; give --samples 16")
         if self.write_sft and self.split != "train":

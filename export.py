@@ -32,6 +32,7 @@ from models import (
 from prompts import encode_prompt
 from runs.checkpoint import latest_checkpoint, write_folder
 from runs.config import RunStopped, at_the_door, parse_config, run_script
+from runs.folder import require_writable
 
 PARITY_QUESTIONS = 20
 ANSWER_TOKENS = 64
@@ -75,9 +76,10 @@ def find_model(run: str) -> Path:
 
 
 def check_target(folder: Path) -> None:
-    """Refuse to overwrite anything."""
+    """Refuse to overwrite anything, and a place that is not ours to write."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"to {str(folder)!r} is there already; give another folder, or delete it")
+    require_writable(folder, "to")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -219,7 +221,8 @@ def main(config: ExportConfig) -> int:
         if config.merge and not is_adapter:
             raise ValueError(f"merge needs an adapter, and {source} is a whole model; leave --merge out")
         tokenizer = load_tokenizer(str(source))
-        model = load_model(str(source), device=make_accelerator().device).eval()
+        device = make_accelerator().device
+        model = load_model(str(source), device=device).eval()
     run = Path(config.run)
     prompts = [encode_prompt(tokenizer, question) for question in reference_questions(run)]
     answers = greedy_answers(model, tokenizer, prompts)
@@ -231,7 +234,7 @@ def main(config: ExportConfig) -> int:
     def write(folder: Path) -> None:
         written = load_merged(str(source)) if config.merge else model
         save_model(folder, written.to(dtype), tokenizer)
-        again = load_model(str(folder), device=make_accelerator().device).eval()
+        again = load_model(str(folder), device=device).eval()
         exported = logprobs_of_answers(again, texts)
         parity.update(measure_parity(trained, exported, answers, greedy_answers(again, tokenizer, prompts)))
         # Weights in 4 bits are computed with in what the device is fast in.
@@ -261,6 +264,7 @@ def push(folder: Path, name: str) -> None:
     Raises:
         RunStopped: the Hub refused, or was not reached; the folder stays.
     """
+    from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -268,7 +272,7 @@ def push(folder: Path, name: str) -> None:
     try:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise RunStopped(
             f"{folder} was not uploaded to {name!r}: {error}; the folder stays as it is"
         ) from error

@@ -380,7 +380,8 @@ def load_reward_model(
     if batch_size < 1 or max_tokens < 1:
         raise ValueError(f"batch_size and max_tokens must be >= 1, got {batch_size} and {max_tokens}")
     _require_model(name)
-    has_bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    # Not float16, which the states of many models overflow.
+    has_bf16 = torch.device(device).type == "cuda" and compute_dtype() == torch.bfloat16
     dtype = torch.bfloat16 if has_bf16 else torch.float32
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(

@@ -31,8 +31,8 @@ from runs.checkpoint import (
     write_folder,
 )
 from runs.config import RunStopped, at_the_door, to_yaml
-from runs.metrics import LINES, RunLog, cut_lines, line_offsets, read_lines
-from runs.report import write_report
+from runs.metrics import LINES, RunLog, cut_lines, line_offsets
+from runs.report import read_rows, write_report
 from runs.signals import StopRequest
 from runs.watchdog import Watchdog
 
@@ -74,7 +74,7 @@ def open_run(config: Any) -> Start:
         FileNotFoundError: `resume` names a folder that is no whole checkpoint.
     """
     folder = Path(config.output)
-    _require_writable(folder)
+    require_writable(folder, "output")
     # Processes of one run start together: the first asks for all.
     if int(os.environ.get("RANK", "0")) == 0:
         lock.require_free(folder)
@@ -150,13 +150,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _require_writable(folder: Path) -> None:
+def require_writable(folder: Path, field: str) -> None:
     """Refuse a folder that could not be made: it would be noticed only after the model is loaded."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(
-            f"output {str(folder)!r} cannot be written: {there} is no folder, or not yours to write; "
-            "give another --output"
+            f"{field} {str(folder)!r} cannot be written: {there} is no folder, or not yours to write; "
+            f"give another --{field}"
         )
 
 
@@ -220,7 +220,8 @@ class Run:
             accelerator.init_trackers("ponder", config=_flat(config))
         self.log = RunLog(self.folder, accelerator, config.total_steps, self.step)
         self.watchdog = Watchdog(config)
-        self.watchdog.replay(read_lines(self.folder, "metrics.jsonl"), read_lines(self.folder, "eval.jsonl"))
+        told = (read_rows(self.folder / name)[0] for name in ("metrics.jsonl", "eval.jsonl"))
+        self.watchdog.replay(*told)
         trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         self.found = self.watchdog.start(trained)
         self.log.found(self.found)  # and kept with the next step

@@ -124,13 +124,6 @@ def _told(findings: Sequence[Finding]) -> dict[str, Any]:
     return {FINDINGS: [asdict(finding) for finding in findings]} if findings else {}
 
 
-def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What a run has told so far in one of its JSONL files."""
-    path = folder / name
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
 def line_offsets(folder: Path) -> dict[str, int]:
     """How many bytes each of the run's JSONL files holds, to be kept in a checkpoint."""
     return {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in LINES}

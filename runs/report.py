@@ -80,8 +80,8 @@ def write_report(folder: Path) -> Path:
     """
     config = _read_yaml(folder / "config.yaml")
     environment = _read_json(folder / "environment.json")
-    metrics, broken_metrics = _read_lines(folder / "metrics.jsonl")
-    evaluations, broken_evaluations = _read_lines(folder / "eval.jsonl")
+    metrics, broken_metrics = read_rows(folder / "metrics.jsonl")
+    evaluations, broken_evaluations = read_rows(folder / "eval.jsonl")
     name = folder.resolve().name
     facts = [str(config["data"])] if "data" in config else []
     if config:
@@ -127,7 +127,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows of a JSONL file, and how many of its lines could not be read (a kill cuts the last one)."""
     if not path.is_file():
         return [], 0

@@ -64,7 +64,8 @@ def test_kept_answers_are_examples_that_the_cold_start_reads(tmp_path):
     [
         ({"samples": 0}, "samples 0"),
         ({"split": "test"}, "--split train"),
-        ({"write_sft": "no/such/folder/file.jsonl"}, "no folder"),
+        ({"write_sft": "no/such/folder/file.jsonl"}, "write_sft.*cannot be written"),
+        ({"write_sft": "/"}, "write_sft.*cannot be written"),
         ({"keep_per_problem": 0}, "keep_per_problem must be >= 1"),
     ],
 )

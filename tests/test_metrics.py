@@ -9,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from runs.metrics import LINES, RunLog, cut_lines, line_offsets, read_lines
+from runs.metrics import LINES, RunLog, cut_lines, line_offsets
 from runs.watchdog import Finding
 
 STEP = {
@@ -68,9 +68,8 @@ def test_what_the_watchdog_found_stands_in_its_step_and_on_the_console(log, tmp_
     assert row["watchdog"] == [{"cause": "no_signal", "text": "all rewards were equal"}]
     log.found([Finding("no_signal", "all rewards were equal")])
     assert "watchdog: no_signal: all rewards were equal" in capsys.readouterr().out
-    assert read_lines(tmp_path, "metrics.jsonl") == [row]
     log.evaluation(2, "validation", FIGURES, [Finding("reward_hacking", "up and down")])
-    assert read_lines(tmp_path, "eval.jsonl")[0]["watchdog"][0]["cause"] == "reward_hacking"
+    assert rows(tmp_path / "eval.jsonl")[0]["watchdog"][0]["cause"] == "reward_hacking"
 
 
 def test_a_loss_of_nothing_is_explained(log, capsys):
