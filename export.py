@@ -250,6 +250,10 @@ def main(config: ExportConfig) -> int:
 
     try:
         write_folder(target, write)
+    except OSError as error:
+        raise RunStopped(
+            f"{target} could not be written: {error}; make room, or give another --to"
+        ) from error
     finally:
         shutil.rmtree(target.with_name(f".{target.name}.tmp"), ignore_errors=True)
     print(f"exported to {target}: {agreement(parity)}")

@@ -6,6 +6,7 @@ its help. Precedence is flag > YAML > preset > default, wherever `--config` stan
 
 import dataclasses
 import difflib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -60,6 +61,12 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
         if word.startswith("--"):
             flag = word[2:].partition("=")[0].partition(".")[0]
             _require_known(flag, names | {"print_config", "help"}, "unknown flag", dashes="--")
+    # A switch needs no value: --merge is --merge true.
+    switches = {f"--{name}" for name in names if bool in (types[name], *get_args(types[name]))}
+    argv = [
+        f"{word}=true" if word in switches and following.startswith("--") else word
+        for word, following in itertools.pairwise([*argv, "--"])
+    ]
     try:
         # The file is read as flags before the flags: checked the same way, overruled by whoever comes later.
         from_file = [f"--{key}={_as_flag(value)}" for key, value in from_yaml.items()]

@@ -29,6 +29,10 @@ class Settings:
     """At most so many."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the task."""
+    merge: bool = False
+    """A switch."""
+    dynamic: bool | None = None
+    """A switch that a preset may set."""
 
     def __post_init__(self) -> None:
         if self.clip is None:
@@ -71,6 +75,15 @@ def test_flag_and_yaml_win_over_the_preset_and_the_preset_over_the_default(confi
     assert parse("--algo", "clipped", "--config", config_file("clip: 0.3")).clip == 0.3
     assert parse("--algo", "clipped", "--config", config_file("clip: 0.3"), "--clip", "0.4").clip == 0.4
     assert parse("--config", config_file("algo: clipped")).clip == 0.2
+
+
+@pytest.mark.parametrize("name", ["merge", "dynamic"])
+def test_a_switch_needs_no_value_and_takes_one(name, config_file):
+    for argv in ([f"--{name}"], [f"--{name}", "--limit", "3"], [f"--{name}", "true"], [f"--{name}=true"]):
+        assert getattr(parse(*argv), name) is True
+    assert getattr(parse(f"--{name}", "false", "--config", config_file(f"{name}: true")), name) is False
+    with pytest.raises(ValueError, match=name):
+        parse(f"--{name}", "perhaps")
 
 
 def test_an_empty_file_changes_nothing(config_file):

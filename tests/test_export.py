@@ -117,6 +117,15 @@ def test_mistakes_are_told_before_anything_is_written(base, adapter_run, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+def test_a_place_that_fails_is_told(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        export, "save_model", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    with pytest.raises(RunStopped, match="No space left.*--to"):
+        export.main(ExportConfig(run=str(base), to=str(tmp_path / "to")))
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
 def test_a_hub_that_is_out_of_reach_leaves_the_folder(base, tmp_path):
     to = tmp_path / "pushed"
     with pytest.raises(RunStopped, match="not uploaded"):
