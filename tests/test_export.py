@@ -133,6 +133,21 @@ def test_a_hub_that_is_out_of_reach_leaves_the_folder(base, tmp_path):
     assert (to / "config.json").is_file()
 
 
+def test_a_network_that_fails_leaves_the_folder(base, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    class ConnectError(Exception):
+        """Of whatever library the Hub's client sends with."""
+
+    def fail(self, name, **options):
+        raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
+    with pytest.raises(RunStopped, match="not uploaded.*Name or service not known"):
+        export.main(ExportConfig(run=str(base), to=str(tmp_path / "to"), push_to_hub="me/model"))
+    assert (tmp_path / "to" / "config.json").is_file()
+
+
 def test_a_folder_is_uploaded_whole(base, tmp_path, monkeypatch):
     import huggingface_hub
 
