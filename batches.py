@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memory import is_out_of_memory, release_memory
 from runs.config import RunStopped
+from runs.signals import StepStopped, StopRequest
 
 # Numbers whose mean is taken in one exchange between processes: a copy of so many, and no more.
 REDUCED_AT_ONCE = 25_000_000
@@ -78,10 +79,15 @@ class MicroBatches:
     Attributes:
         accelerator: every process gets equally many parts.
         tokens: rows x longest row of a part at most; halved on all processes where memory runs out on one.
+        stop: looked at between parts.
     """
 
     def __init__(
-        self, accelerator: Accelerator, tokens: int | None, memory: Sequence[int | None] | None = None
+        self,
+        accelerator: Accelerator,
+        tokens: int | None,
+        memory: Sequence[int | None] | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         """Begin with a budget.
 
@@ -89,8 +95,10 @@ class MicroBatches:
             accelerator: prepared or not.
             tokens: None for what suits the device: caches of a processor like small parts.
             memory: of another time; what was learned then counts if the budget was the same.
+            stop: of the run; none never stops.
         """
         self.accelerator = accelerator
+        self.stop = stop or StopRequest()
         self.configured = tokens
         self.tokens = tokens or (4096 if accelerator.device.type == "cpu" else 16_384)
         if memory and memory[0] == tokens:
@@ -119,6 +127,7 @@ class MicroBatches:
 
         Raises:
             RunStopped: memory runs out on a single row, on whatever process.
+            StepStopped: some process was told to stop; what `work` has done is dropped.
         """
         while True:
             plan = plan_micro_batches(lengths, rows, self.tokens)
@@ -128,18 +137,23 @@ class MicroBatches:
             ran_out = False
             try:
                 for index in range(count):
+                    if self.stop.signal:
+                        break
                     part, scale = (plan[index], 1.0) if index < len(plan) else ([shortest], 0.0)
                     work(part, scale)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 ran_out = True
-            everyone = gather_object([(ran_out, most)])
-            if not any(out for out, _ in everyone):
+            everyone = gather_object([(self.stop.signal, ran_out, most)])
+            if any(signal for signal, _, _ in everyone):
+                restart()
+                raise StepStopped
+            if not any(out for _, out, _ in everyone):
                 return
             restart()
             release_memory()
-            if max(rows_at_once for _, rows_at_once in everyone) == 1:
+            if max(rows_at_once for _, _, rows_at_once in everyone) == 1:
                 raise RunStopped(
                     f"memory ran out on a single sequence of up to {max(map(sum, lengths))} tokens; give a "
                     "smaller --max_completion_tokens or --max_prompt_tokens, or --lora_rank 16; the same "

@@ -16,6 +16,7 @@ from data import Problem
 from inference import Completion, Engine, SamplingParams
 from prompts import completion_prefix, encode_prompt, parse_completion, render_prompt
 from rewards import judge_problem
+from runs.signals import StepStopped
 
 Z95 = statistics.NormalDist().inv_cdf(0.975)
 
@@ -84,13 +85,26 @@ def hold_shared_exam(
     problems: Sequence[Problem],
     params: SamplingParams,
     seed: Sequence[int] = (0,),
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Hold an exam with every process answering its share; all of them get the figures of the whole."""
+    """Hold an exam with every process answering its share; all of them get the figures of the whole.
+
+    Raises:
+        StepStopped: `check`, called with every answer, raised it on whatever process.
+    """
     size = math.ceil(len(problems) / accelerator.num_processes)
     first = accelerator.process_index * size
-    with accelerator.autocast():
-        groups = hold_exam(engine, tokenizer, problems[first : first + size], params, 1, seed, first)
-    return summarise(gather_object(groups))
+    share = problems[first : first + size]
+    groups = None
+    try:
+        with accelerator.autocast():
+            groups = hold_exam(engine, tokenizer, share, params, 1, seed, first, check)
+    except StepStopped:
+        pass
+    told = gather_object([groups])
+    if None in told:
+        raise StepStopped
+    return summarise([group for of_process in told for group in of_process])
 
 
 def judge_completion(tokenizer: Any, prompt: str, completion: Completion, problem: Problem) -> Answer:

@@ -2,7 +2,7 @@
 rewards, laid out as tensors, and told in numbers and lines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from types import SimpleNamespace
@@ -65,6 +65,7 @@ def roll_out(
     config: Any,
     step: int,
     first_prompt: int,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Group]:
     """Sample a group of completions for each problem; each
     is scored as it is complete, while others still generate.
@@ -77,6 +78,7 @@ def roll_out(
         config: a `train_grpo.GRPOConfig`.
         step: keys the random numbers, with the seed.
         first_prompt: the number of the first problem among all that the step asks.
+        check: called with every completion; raises where nobody wants the rest any more.
 
     Raises:
         RewardError: a reward broke its promise.
@@ -89,6 +91,7 @@ def roll_out(
     texts: dict[int, list[str]] = {}  # of the groups handed in, in that order
 
     def take(prompt: int, sample: int, completion: Completion) -> None:
+        check()
         group = groups[prompt]
         group[sample] = completion
         if None in group:
@@ -124,9 +127,11 @@ def reward_columns(
 
 
 def group_state(group: Group) -> dict[str, Any]:
-    """A group as plain values, as far as an update reads it: what a checkpoint can hold."""
+    """A group as plain values, without its problem's columns: what a checkpoint can hold."""
     return {
         "number": group.number,
+        "question": group.problem.question,
+        "gold": group.problem.gold,
         "prompt_ids": list(group.prompt_ids),
         "completions": [asdict(completion) for completion in group.completions],
         "texts": group.texts,
@@ -135,10 +140,11 @@ def group_state(group: Group) -> dict[str, Any]:
 
 
 def restore_group(state: dict[str, Any]) -> Group:
-    """The group of a `group_state`, without its question."""
+    """The group of a `group_state`."""
     completions = [Completion(**completion) for completion in state["completions"]]
     scores = Scores(**state["scores"])
-    return Group(state["number"], Problem("", None), state["prompt_ids"], completions, state["texts"], scores)
+    problem = Problem(state["question"], state["gold"])
+    return Group(state["number"], problem, state["prompt_ids"], completions, state["texts"], scores)
 
 
 @dataclass
@@ -183,6 +189,46 @@ def collate(groups: list[Group], pad_token_id: int, drop_truncated: bool = False
             tensors["completion_mask"][row] = False
     lengths = [(len(p), len(c.token_ids)) for p, c in pairs]
     return RolloutBatch(groups, lengths, tensors, torch.zeros(tensors["completion_mask"].shape))
+
+
+@dataclass
+class StepInHand:
+    """A step between its rollout and its end.
+
+    Attributes:
+        groups: all that this process sampled.
+        fresh: those of them that are learned from.
+        batch: laid out, with replayed groups behind.
+        updates: what those done so far told.
+        seconds: that each phase took so far.
+    """
+
+    groups: list[Group]
+    fresh: list[Group]
+    batch: RolloutBatch
+    updates: list[dict[str, Any]]
+    seconds: dict[str, float]
+
+
+def step_state(hand: StepInHand) -> dict[str, Any]:
+    """A step in hand as a checkpoint can hold it."""
+    return {
+        "groups": [group_state(group) for group in hand.groups],
+        "fresh": [index for group in hand.fresh for index, g in enumerate(hand.groups) if g is group],
+        "tensors": hand.batch.tensors | {"advantages": hand.batch.advantages},
+        "updates": hand.updates,
+        "seconds": hand.seconds,
+    }
+
+
+def restore_step(state: dict[str, Any], collate_again: Callable[[list[Group]], RolloutBatch]) -> StepInHand:
+    """The step of a `step_state`; `collate_again` lays its fresh groups out as they were."""
+    groups = [restore_group(group) for group in state["groups"]]
+    fresh = [groups[index] for index in state["fresh"]]
+    batch = collate_again(fresh)
+    batch.tensors = dict(state["tensors"])
+    batch.advantages = batch.tensors.pop("advantages")
+    return StepInHand(groups, fresh, batch, state["updates"], state["seconds"])
 
 
 # ------------------------------------------------------------------------------------------------------------

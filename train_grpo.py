@@ -10,6 +10,8 @@ of the update (their gradient is zero), and the KL's estimator is corrected so t
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,17 +45,21 @@ from rewards.scorer import Scorer
 from rollouts import (
     Group,
     RolloutBatch,
+    StepInHand,
     collate,
     count,
     group_state,
     restore_group,
+    restore_step,
     roll_out,
     rollout_metrics,
     rollout_rows,
+    step_state,
 )
-from runs.config import RunStopped, at_the_door, parse_config, require, run_script
+from runs.config import RunStopped, UserError, at_the_door, parse_config, require, run_script
 from runs.folder import Run, Start, open_run
-from runs.signals import stop_on_signal
+from runs.loop import Work, train
+from runs.signals import StepStopped
 from runs.training import TrainingConfig
 from train_sft import SFTConfig
 from train_sft import main as cold_start
@@ -275,35 +281,37 @@ class Training:
 
 
 def train_step(training: Training) -> None:
-    """One step: roll out, compare, learn, tell."""
+    """One step: roll out, compare, learn, tell.
+
+    Raises:
+        StepStopped: the run was told to stop; what is in hand is in `run.memory`.
+    """
     config, accelerator, run = training.config, training.accelerator, training.run
-    began, waited_s = time.perf_counter(), training.scorer.waited_s
-    # 1. Roll out: a group of completions for each prompt, from the policy as it is now; each group is scored
-    # while others still generate.
-    groups = sample_step(training)
-    fresh = choose_groups(groups, config.prompts_per_step // accelerator.num_processes, config)
-    replayed = run.memory["replay"][accelerator.process_index :: accelerator.num_processes]
-    learned = fresh + [restore_group(state) for state in replayed]
-    batch = collate(learned, training.tokenizer.pad_token_id, config.overlong == "mask")
-    rolled_out = time.perf_counter()
-
-    # 2. What the update compares with: log-probabilities and values as they were before it.
-    look_back(training, batch)
-
-    # 3. Credit: who did better than expected.
-    kl_coef = run.memory["kl_coef"]
-    credit(batch, config, accelerator, kl_coef)
+    drawn = run.drawn
+    try:
+        hand = take_up_step(training) or begin_step(training)
+    except StepStopped:
+        run.drawn = drawn  # the weights have not moved: the step begins anew
+        raise
+    batch, seconds, kl_coef = hand.batch, hand.seconds, run.memory["kl_coef"]
 
     # 4. Learn.
-    run.seed_dropout()
+    began = time.perf_counter()
     critic_only = run.step < (config.critic_warmup_steps or 0)
     movers = (training.policy, training.optimizer, training.scheduler, training.micro_batches)
-    updates = [
-        update(*movers, batch, rows, config, kl_coef, critic_only) for rows in minibatches(batch, config)
-    ]
+    try:
+        for rows in list(minibatches(batch, config))[len(hand.updates) :]:
+            run.seed_dropout(len(hand.updates))
+            hand.updates.append(update(*movers, batch, rows, config, kl_coef, critic_only))
+    except StepStopped:
+        seconds["update"] += time.perf_counter() - began
+        run.memory["in_hand"] = gather_object([step_state(hand)])
+        raise
+    seconds["update"] += time.perf_counter() - began
 
     # 5. Tell, and keep what the next step needs.
     run.step += 1
+    updates, groups = hand.updates, hand.groups
     metrics = rollout_metrics(gather_object([count(groups)])) | update_metrics(gather_object([updates]))
     if config.baseline == "critic":
         metrics["critic/explained_variance"] = explained_variance(batch)
@@ -312,17 +320,53 @@ def train_step(training: Training) -> None:
     if config.replay_groups:
         metrics["rollout/replayed_groups"] = len(run.memory["replay"])
     metrics["policy/learning_rate"] = training.scheduler.get_last_lr()[0]
-    metrics["time/score_s"] = training.scorer.waited_s - waited_s
-    metrics["time/generate_s"] = rolled_out - began - metrics["time/score_s"]
-    metrics["time/update_s"] = time.perf_counter() - rolled_out
+    metrics |= {f"time/{phase}_s": taken for phase, taken in seconds.items()}
     tokens = metrics["rollout/completion_tokens"] * metrics["rollout/completions"]
-    metrics["rollout/tokens_per_s"] = tokens / (rolled_out - began)
+    metrics["rollout/tokens_per_s"] = tokens / (seconds["generate"] + seconds["score"])
     metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
     run.tell(metrics)
     rows = gather_object(rollout_rows(groups, batch, run.step))
     run.log.rollouts(rows)
     run.check_updates([done["cause"] for done in updates], rows)
-    carry_over(training, metrics, fresh)
+    carry_over(training, metrics, hand.fresh)
+
+
+def begin_step(training: Training) -> StepInHand:
+    """The first three parts of a step: roll out, look back, credit."""
+    config, accelerator, run = training.config, training.accelerator, training.run
+    began, waited_s = time.perf_counter(), training.scorer.waited_s
+    # 1. Roll out: a group of completions for each prompt, from the policy as it is now; each group is scored
+    # while others still generate.
+    groups = sample_step(training)
+    fresh = choose_groups(groups, config.prompts_per_step // accelerator.num_processes, config)
+    batch = collate_step(training, fresh)
+    rolled_out = time.perf_counter()
+
+    # 2. What the update compares with: log-probabilities and values as they were before it.
+    look_back(training, batch)
+
+    # 3. Credit: who did better than expected.
+    credit(batch, config, accelerator, run.memory["kl_coef"])
+    score_s = training.scorer.waited_s - waited_s
+    seconds = {"generate": rolled_out - began - score_s, "score": score_s}
+    return StepInHand(groups, fresh, batch, [], seconds | {"update": time.perf_counter() - rolled_out})
+
+
+def take_up_step(training: Training) -> StepInHand | None:
+    """The step that the run was stopped in, None where it was between two."""
+    states = training.run.memory.pop("in_hand", None)
+    if states is None:
+        return None
+    state = states[training.accelerator.process_index]
+    return restore_step(state, lambda fresh: collate_step(training, fresh))
+
+
+def collate_step(training: Training, fresh: list[Group]) -> RolloutBatch:
+    """What a process learns from: its own groups, and its share of those of the steps before."""
+    config, accelerator = training.config, training.accelerator
+    replayed = training.run.memory["replay"][accelerator.process_index :: accelerator.num_processes]
+    learned = fresh + [restore_group(state) for state in replayed]
+    return collate(learned, training.tokenizer.pad_token_id, config.overlong == "mask")
 
 
 def sample_step(training: Training) -> list[Group]:
@@ -331,6 +375,7 @@ def sample_step(training: Training) -> list[Group]:
 
     Raises:
         RunStopped: a reward broke its promise, on whatever process; the run stands where it stood before.
+        StepStopped: a process was told to stop.
     """
     config, run = training.config, training.run
     share = config.prompts_per_step // run.accelerator.num_processes
@@ -345,7 +390,9 @@ def sample_step(training: Training) -> list[Group]:
         broken = None
         try:
             with run.accelerator.autocast():
-                groups += roll_out(*actors, config, run.step, number)
+                groups += roll_out(*actors, config, run.step, number, run.stop.check)
+        except StepStopped:
+            pass
         except rewards.RewardError as error:
             broken = f"{error}. Mend the function"
         except (RuntimeError, MemoryError) as error:  # the engine has tried with ever fewer rows
@@ -353,7 +400,9 @@ def sample_step(training: Training) -> list[Group]:
                 raise
             broken = "memory ran out while sampling; give a smaller --max_completion_tokens"
         informative = sum(group.is_informative for group in groups)
-        counts, errors = zip(*gather_object([(informative, broken)]), strict=True)
+        counts, errors, signals = zip(*gather_object([(informative, broken, run.stop.signal)]), strict=True)
+        if any(signals):
+            raise StepStopped
         if any(errors):
             run.drawn = position
             run.checkpoint()
@@ -406,6 +455,13 @@ def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
         "budget": restored.get("budget"),
         "sampler": restored.get("sampler"),
     }
+    if in_hand := restored.get("in_hand"):
+        if len(in_hand) != run.accelerator.num_processes:
+            raise UserError(
+                f"resume: the checkpoint was left in the middle of a step of {len(in_hand)} processes; go on "
+                f"with as many, got {run.accelerator.num_processes}"
+            )
+        run.memory["in_hand"] = in_hand
     moving = {"critic": critic, "reference": reference if config.ref_sync_steps else None}
     for name, module in moving.items():
         if module is not None:
@@ -494,8 +550,9 @@ def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int:
     return code
 
 
-def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[Training, list[Problem]]:
-    """Load and prepare everything, and go on where `start` says; also the validation problems.
+@contextmanager
+def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterator[Work]:
+    """Load and prepare everything, and go on where `start` says.
 
     Raises:
         UserError: what was asked for is not there, or does not fit.
@@ -521,7 +578,7 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[
     reference = reference and reference.to(accelerator.device)
     run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
     remember(run, config, critic, reference)
-    micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory["budget"])
+    micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory["budget"], run.stop)
     engine = TorchEngine(model, tokenizer)
     engine.memory = run.memory["sampler"] or engine.memory
     run.log.say(f"{config.algo} from {config.model} on {config.data}: {told}")
@@ -529,7 +586,14 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> tuple[
         *(config, accelerator, tokenizer, problems, Scorer(reward_set), engine),
         *(policy, reference, optimizer, scheduler, micro_batches, run),
     )
-    return training, held_out[: config.eval_limit]
+    greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
+
+    def evaluate() -> None:
+        asked = (accelerator, engine, tokenizer, held_out[: config.eval_limit], greedy)
+        run.evaluated("validation", hold_shared_exam(*asked, check=run.stop.check))
+
+    with training.scorer:
+        yield Work(run, lambda: train_step(training), evaluate, evaluates_first=True)
 
 
 def main(config: GRPOConfig) -> int:
@@ -544,25 +608,7 @@ def main(config: GRPOConfig) -> int:
     if start.is_finished:
         accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
         return 0
-    training, held_out = set_up(config, accelerator, start)
-    run = training.run
-    greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
-
-    def evaluate() -> None:
-        figures = hold_shared_exam(accelerator, training.engine, training.tokenizer, held_out, greedy)
-        run.evaluated("validation", figures)
-
-    with stop_on_signal() as stop, training.scorer:
-        if run.step == 0 and config.eval_every:
-            evaluate()
-        while run.step < config.total_steps and not stop.agreed:
-            train_step(training)
-            is_last = run.step == config.total_steps
-            if config.eval_every and (run.step % config.eval_every == 0 or is_last):
-                evaluate()
-            if stop.agree() or run.step % config.save_every == 0 or is_last:
-                run.checkpoint()
-    return run.finish(stop)
+    return train(lambda start: set_up(config, accelerator, start), start)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ processes.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -28,8 +30,8 @@ from models import TINY, Policy, load_tokenizer, make_accelerator
 from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
 from prompts import completion_prefix, encode_prompt, render_prompt
 from runs.config import at_the_door, parse_config, require, run_script
-from runs.folder import Run, open_run
-from runs.signals import stop_on_signal
+from runs.folder import Run, Start, open_run
+from runs.loop import Work, train
 from runs.training import TrainingConfig
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,9 +120,20 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
     with at_the_door():
         accelerator = accelerator or make_accelerator(config.tracker, config.output)
         start = open_run(config)
-        if start.is_finished:
-            accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
-            return 0
+    if start.is_finished:
+        accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
+        return 0
+    return train(lambda start: set_up(config, accelerator, start), start)
+
+
+@contextmanager
+def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterator[Work]:
+    """Load and prepare everything, and go on where `start` says.
+
+    Raises:
+        UserError: what was asked for is not there, or does not fit.
+    """
+    with at_the_door():
         source = str(start.checkpoint or config.model)
         tokenizer = load_tokenizer(source, config.system_prompt)
         load = config.data_arguments()
@@ -139,30 +152,27 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
     run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
     run.log.say(f"cold start of {config.model} on {config.data}: {told}")
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
-    micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory.get("budget"))
+    micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory.get("budget"), run.stop)
     movers = (policy, optimizer, scheduler, micro_batches)
 
-    with stop_on_signal() as stop:
-        while run.step < config.total_steps and not stop.agreed:
-            began = time.perf_counter()
-            drawn = take(examples, config.seed, run.drawn, config.examples_per_step)
-            run.seed_dropout()
-            metrics, cause = update(*movers, drawn, tokenizer.pad_token_id, config.max_grad_norm)
-            run.memory["budget"] = micro_batches.memory
-            run.step += 1
-            run.drawn += config.examples_per_step
-            metrics["time/update_s"] = time.perf_counter() - began
-            metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
-            run.tell(metrics)
-            run.check_updates([cause], [asdict(example) for example in drawn])
-            is_last = run.step == config.total_steps
-            if config.eval_every and (run.step % config.eval_every == 0 or is_last):
-                run.evaluated(
-                    "validation", hold_shared_exam(accelerator, engine, tokenizer, held_out, greedy)
-                )
-            if stop.agree() or run.step % config.save_every == 0 or is_last:
-                run.checkpoint()
-    return run.finish(stop)
+    def step() -> None:
+        began = time.perf_counter()
+        drawn = take(examples, config.seed, run.drawn, config.examples_per_step)
+        run.seed_dropout()
+        metrics, cause = update(*movers, drawn, tokenizer.pad_token_id, config.max_grad_norm)
+        run.memory["budget"] = micro_batches.memory
+        run.step += 1
+        run.drawn += config.examples_per_step
+        metrics["time/update_s"] = time.perf_counter() - began
+        metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
+        run.tell(metrics)
+        run.check_updates([cause], [asdict(example) for example in drawn])
+
+    def evaluate() -> None:
+        asked = (accelerator, engine, tokenizer, held_out, greedy)
+        run.evaluated("validation", hold_shared_exam(*asked, check=run.stop.check))
+
+    yield Work(run, step, evaluate, evaluates_first=False)
 
 
 def update(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.pt"
@@ -26,16 +27,17 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     Args:
         target: where it ends up; what stood there is replaced.
         write: fills the temporary folder that it is given.
+
+    Raises:
+        OSError: the disk is full, or not ours to write; what stood at `target` is as it was.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(temporary)): _checksum(path) for path in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, temporary / MANIFEST, temporary]:
-        _flush(path)
+    try:
+        _fill(temporary, write)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     # A folder cannot be renamed over a full one. Moved aside rather than deleted, the old one stays whole
     # until the new one is there.
     aside = target.with_name(f".{target.name}.old")
@@ -45,6 +47,23 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     os.replace(temporary, target)
     _flush(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fill(temporary: Path, write: Callable[[Path], None]) -> None:
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+    except SafetensorError as error:  # its own name for what the disk says
+        raise OSError(str(error)) from error
+    except RuntimeError as error:  # torch's zip writer, likewise
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(f"{STATE} could not be written") from error
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(temporary)): _checksum(path) for path in files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*files, temporary / MANIFEST, temporary]:
+        _flush(path)
 
 
 def save_checkpoint(
@@ -73,9 +92,18 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def latest_checkpoint(run: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint that is whole; a damaged one is told and passed over."""
-    for folder in reversed(list_checkpoints(run)):
+def latest_checkpoint(run: Path, say: Callable[[str], None] = print, until: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole; a damaged one is told and passed over.
+
+    Args:
+        run: the run's folder.
+        say: tells.
+        until: of this step at the latest, where there is one so old; else the oldest.
+    """
+    folders = list_checkpoints(run)
+    if until is not None:
+        folders = [f for f in folders if f.name <= f"step-{until:06d}"] or folders[:1]
+    for folder in reversed(folders):
         damage = find_damage(folder)
         if damage is None:
             return folder

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from models import save_model
 from runs import lock
@@ -34,7 +36,7 @@ from runs.config import RunStopped, at_the_door, to_yaml
 from runs.metrics import LINES, RunLog, cut_lines, line_offsets
 from runs.report import read_rows, write_report
 from runs.signals import StopRequest
-from runs.watchdog import Watchdog
+from runs.watchdog import RUNAWAY, WINDOW, Watchdog
 
 # Fields that may differ between a run and its continuation: they change how long or how loudly, not what is
 # learned.
@@ -49,6 +51,7 @@ HARMLESS = {
     "eval_limit",
     "micro_batch_tokens",
     "max_bad_updates",
+    "max_rollbacks",
 }
 
 
@@ -60,7 +63,8 @@ class Start:
 
     folder: Path
     checkpoint: Path | None
-    is_finished: bool
+    is_finished: bool = False
+    is_rollback: bool = False  # the run is the one that went wrong, and its incidents are its own
 
 
 def open_run(config: Any) -> Start:
@@ -79,16 +83,16 @@ def open_run(config: Any) -> Start:
     if int(os.environ.get("RANK", "0")) == 0:
         lock.require_free(folder)
     if config.resume == "never":
-        return Start(folder, None, is_finished=False)
+        return Start(folder, None)
     if config.resume != "auto":
         damage = find_damage(Path(config.resume))
         if damage is None and not (Path(config.resume) / STATE).is_file():
             damage = f"it holds a model but no {STATE}"
         if damage:
             raise FileNotFoundError(f"resume: {config.resume!r} is no whole checkpoint ({damage})")
-        return Start(folder, Path(config.resume), is_finished=False)
+        return Start(folder, Path(config.resume))
     if not (folder / "config.yaml").is_file():
-        return Start(folder, None, is_finished=False)
+        return Start(folder, None)
     before = yaml.safe_load((folder / "config.yaml").read_text())
     _refuse_changes(before, yaml.safe_load(to_yaml(config)), folder)
     is_finished = (folder / "final" / MANIFEST).is_file() and before["total_steps"] >= config.total_steps
@@ -111,7 +115,8 @@ def write_run(start: Start, config: Any) -> None:
     else:
         shutil.rmtree(checkpoints, ignore_errors=True)
         shutil.rmtree(start.folder / "best", ignore_errors=True)
-        shutil.rmtree(start.folder / "incidents", ignore_errors=True)
+        if not start.is_rollback:
+            shutil.rmtree(start.folder / "incidents", ignore_errors=True)
         for name in LINES:
             (start.folder / name).unlink(missing_ok=True)
     (start.folder / "config.yaml").write_text(to_yaml(config))
@@ -180,6 +185,10 @@ class Run:
         step: steps done.
         drawn: problems or examples drawn from the data so far, by all processes.
         best_accuracy: of `best/`.
+        evaluated_step: steps done when it was last evaluated.
+        stop: whether it was told to.
+        rollbacks: how often it went back to a checkpoint; each halved the learning rate.
+        diverged: why it has to go back, None where all is well.
         memory: whatever else the script carries from step to step, in tensors and plain values.
     """
 
@@ -207,16 +216,22 @@ class Run:
         """
         self.folder, self.config, self.accelerator = start.folder, config, accelerator
         self.model, self.tokenizer, self.optimizer, self.scheduler = model, tokenizer, optimizer, scheduler
-        self.step, self.drawn, self.best_accuracy = 0, 0, -1.0
+        self.step, self.drawn, self.best_accuracy, self.evaluated_step = 0, 0, -1.0, None
         self.memory: dict[str, Any] = {}
+        self.stop = StopRequest()
         self.bad_in_a_row = 0
+        self.diverged: str | None = None
         if accelerator.is_main_process:
             with at_the_door():
                 write_run(start, config)
+        accelerator.wait_for_everyone()
+        self.rollbacks = len(list(self.folder.glob("incidents/rollback-*.json")))
+        rates = [rate / 2**self.rollbacks for rate in scheduler.base_lrs]
         if start.checkpoint is not None:
             self._restore(start.checkpoint)
+        self._set_rates(rates)
         accelerator.wait_for_everyone()
-        if config.tracker != "none":
+        if config.tracker != "none" and not accelerator.trackers:
             accelerator.init_trackers("ponder", config=_flat(config))
         self.log = RunLog(self.folder, accelerator, config.total_steps, self.step)
         self.watchdog = Watchdog(config)
@@ -228,60 +243,95 @@ class Run:
         if start.checkpoint is not None:
             self.log.say(f"going on from {start.checkpoint}")
 
-    def seed_dropout(self) -> None:
-        """Begin the random numbers of a step's update: they belong to (seed, step, process), so that a
-        resumed run draws what the whole one does. Everything else has keys of its own.
+    def seed_dropout(self, update: int = 0) -> None:
+        """Begin the random numbers of a step's update: they belong to (seed, step, update, process), so that
+        a resumed run draws what the whole one does. Everything else has keys of its own.
         """
-        key = (self.config.seed, self.step, self.accelerator.process_index)
+        key = (self.config.seed, self.step, update, self.accelerator.process_index)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
     def check_updates(self, causes: list[str | None], rows: list[dict[str, Any]]) -> None:
-        """Keep what a step learned from where an update of it was not finite and left out; stop after too
-        many.
+        """Keep what a step learned from where an update of it was not finite and left out; after
+        `max_bad_updates` in a row the run has diverged.
 
         Args:
             causes: of each update of the step just done, None for a good one; the same on every process.
             rows: prompts and completions of the step.
-
-        Raises:
-            RunStopped: `max_bad_updates` in a row.
         """
         for cause in causes:
             self.bad_in_a_row = self.bad_in_a_row + 1 if cause else 0
         bad = [cause for cause in causes if cause]
         if not bad:
             return
-        file = self.folder / "incidents" / f"step-{self.step:06d}.json"
-        if self.accelerator.is_main_process:
-            file.parent.mkdir(exist_ok=True)
-            incident = {"step": self.step, "causes": causes, "rows": rows}
-            file.write_text(json.dumps(incident, ensure_ascii=False))
+        file = self._keep_incident(f"step-{self.step:06d}", {"causes": causes, "rows": rows})
         self.log.say(f"step {self.step}: {len(bad)} of {len(causes)} updates left out ({bad[0]}); see {file}")
         if self.bad_in_a_row >= self.config.max_bad_updates:
+            self.diverged = f"{self.bad_in_a_row} updates in a row were not finite ({bad[-1]})"
+
+    def roll_back(self) -> Start:
+        """Where a run that diverged begins again, at half the learning rate.
+
+        Raises:
+            RunStopped: it has gone back `max_rollbacks` times already.
+        """
+        incidents, most = self.folder / "incidents", self.config.max_rollbacks
+        if self.rollbacks >= most:
+            self.log.close()
+            again = f" again, after going back to a checkpoint {most} times" if most else ""
             raise RunStopped(
-                f"{self.bad_in_a_row} updates in a row were not finite ({bad[-1]}); what they learned from "
-                f"is in {file.parent}, and the weights are as before them. To go on with half the rate: "
-                f"--resume {latest_checkpoint(self.folder) or 'never'} "
-                f"--learning_rate {self.config.learning_rate / 2:g}"
+                f"step {self.step}: {self.diverged}{again}; see {incidents}. Give a smaller --learning_rate "
+                f"(now {self.config.learning_rate / 2**self.rollbacks:g}) with "
+                f"--resume {latest_checkpoint(self.folder) or 'never'}"
             )
+        # What runs away has done so for a window of steps; bad updates have changed nothing.
+        since = self.step - (0 if self.bad_in_a_row >= self.config.max_bad_updates else WINDOW)
+        checkpoint = latest_checkpoint(self.folder, self.log.say, until=since)
+        told = {"cause": self.diverged, "to": str(checkpoint)}
+        self._keep_incident(f"rollback-{self.rollbacks + 1}", told)
+        self.log.say(
+            f"step {self.step}: {self.diverged}; going back to {checkpoint or 'the beginning'} at half the "
+            "learning rate"
+        )
+        self.log.bar.close()
+        self.accelerator.wait_for_everyone()
+        return Start(self.folder, checkpoint, is_rollback=True)
+
+    def _keep_incident(self, name: str, told: dict[str, Any]) -> Path:
+        file = self.folder / "incidents" / f"{name}.json"
+        if self.accelerator.is_main_process:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps({"step": self.step, **told}, ensure_ascii=False))
+        return file
 
     def checkpoint(self) -> None:
-        """Save what a resume after `self.step` steps needs."""
+        """Save what a resume after `self.step` steps needs. Where the disk will not take it, the run goes on,
+        its last checkpoint stays, and the next time it is tried again.
+        """
         state = {
             "step": self.step,
             "drawn": self.drawn,
             "best_accuracy": self.best_accuracy,
+            "evaluated_step": self.evaluated_step,
             "memory": self.memory,
+            "threads": torch.get_num_threads(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "lines": line_offsets(self.folder),
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         folder = self.folder / "checkpoints" / f"step-{self.step:06d}"
-        if self.accelerator.is_main_process:
+
+        def save() -> None:
+            self.log.flush()
+            state["lines"] = line_offsets(self.folder)
             save_checkpoint(folder, self._save_model, state, self.config.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+
+        if error := self._write(save):
+            last = latest_checkpoint(self.folder) or "none"
+            self.log.say(
+                f"step {self.step}: the checkpoint could not be written ({error}); the last good one is "
+                f"{last}. Free some space; the next one is tried as usual"
+            )
 
     def tell(self, metrics: dict[str, float]) -> None:
         """Record the metrics of the step just done, and what the watchdog finds in them."""
@@ -289,26 +339,36 @@ class Run:
         self.log.step(self.step, metrics, self.found + found)
         self.log.found(found)
         self.found = []
+        self.diverged = next((finding.text for finding in found if finding.cause in RUNAWAY), None)
 
     def evaluated(self, name: str, figures: dict[str, Any]) -> None:
         """Record an evaluation, and keep the model as `best/` if none was better."""
+        self.evaluated_step = self.step
         found = self.watchdog.evaluation(figures)
         self.log.evaluation(self.step, name, figures, found)
         self.log.found(found)
         if figures["accuracy_strict"] > self.best_accuracy:
-            self.best_accuracy = figures["accuracy_strict"]
-            self._write("best")
+            # Not before it is there: where the disk is full, the next evaluation as good may try again.
+            if error := self._write(lambda: write_folder(self.folder / "best", self._save_model)):
+                self.log.say(f"step {self.step}: best/ could not be written ({error}), and stays as it was")
+            else:
+                self.best_accuracy = figures["accuracy_strict"]
 
-    def finish(self, stop: StopRequest) -> int:
+    def finish(self) -> int:
         """Leave something usable: the final model, or where
         a stopped run goes on from. Returns the exit code.
         """
+        stop = self.stop
         if stop.agreed:
             saved = self.folder / "checkpoints" / f"step-{self.step:06d}"
             usable = f" A model to use: {saved}" if saved.is_dir() else ""
             self.log.say(f"stopped after {self.step} steps; the same command goes on.{usable}")
         else:
-            self._write("final")
+            if error := self._write(lambda: write_folder(self.folder / "final", self._save_model)):
+                raise RunStopped(
+                    f"the final model could not be written ({error}); free some space, and the same command "
+                    f"goes on from {latest_checkpoint(self.folder)}"
+                )
             self.log.say(f"final model: {self.folder / 'final'}")
         if self.accelerator.is_main_process:
             write_report(self.folder)
@@ -317,10 +377,15 @@ class Run:
         self.log.close()
         return stop.exit_code if stop.agreed else 0
 
-    def _write(self, name: str) -> None:
+    def _write(self, write: Callable[[], None]) -> str | None:
+        """Let the main process write. Returns, on every process, what the disk said against it."""
+        error = None
         if self.accelerator.is_main_process:
-            write_folder(self.folder / name, self._save_model)
-        self.accelerator.wait_for_everyone()
+            try:
+                write()
+            except OSError as problem:
+                error = str(problem)
+        return gather_object([error])[0]
 
     def _save_model(self, folder: Path) -> None:
         save_model(folder, self.model, self.tokenizer)
@@ -328,11 +393,11 @@ class Run:
     def _restore(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
         self.step, self.drawn, self.best_accuracy = state["step"], state["drawn"], state["best_accuracy"]
+        self.evaluated_step = state["evaluated_step"]
         self.memory = state["memory"]
-        asked = list(self.scheduler.base_lrs)
+        torch.set_num_threads(state["threads"])  # sums of floats depend on it in their last bits
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self._set_rates(asked)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process:

@@ -3,6 +3,7 @@ aligned line a step, a progress bar with the time left.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -51,6 +52,7 @@ class RunLog:
         self.folder = folder
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
+        self.unwritten: dict[str, list[str]] = {}  # lines that the disk would not take, by file
         self.line_every = max(1, total_steps // 20)
         self.total_steps = total_steps
         self.bar = tqdm(
@@ -109,9 +111,25 @@ class RunLog:
         self.accelerator.end_training()
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        if self.is_main:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if not self.is_main:
+            return
+        waiting = self.unwritten.setdefault(name, [])
+        waiting += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        try:
+            self.flush()
+        except OSError as error:
+            if len(waiting) == len(rows):  # at first
+                self.say(f"{name} could not be written ({error}); its lines are kept and tried again")
+
+    def flush(self) -> None:
+        """Write the lines that the disk would not take before.
+
+        Raises:
+            OSError: it still takes none.
+        """
+        for name, waiting in self.unwritten.items():
+            append_whole(self.folder / name, "".join(waiting).encode())
+            waiting.clear()
 
 
 def _remark(key: str, metrics: dict[str, float]) -> str:
@@ -122,6 +140,22 @@ def _remark(key: str, metrics: dict[str, float]) -> str:
 
 def _told(findings: Sequence[Finding]) -> dict[str, Any]:
     return {FINDINGS: [asdict(finding) for finding in findings]} if findings else {}
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Append all of the data, or nothing where the disk cannot take it.
+
+    Raises:
+        OSError: nothing was written.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
 
 
 def line_offsets(folder: Path) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""Being told to stop: the step in hand is finished and
-saved, then the process ends with the code a shell expects.
+"""Being told to stop: what is in hand is finished (a micro-batch, a completion) and the run saved, then the
+process ends with the code a shell expects.
 """
 
 import signal
@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import gather_object
+
+
+class StepStopped(Exception):
+    """A step was left in the middle because some process was told to stop; every process raises it."""
 
 
 class StopRequest:
@@ -28,6 +32,11 @@ class StopRequest:
         self.agreed = next(filter(None, gather_object([self.signal])), None)
         return self.agreed is not None
 
+    def check(self) -> None:
+        """Leave the work in hand if this process was told to stop."""
+        if self.signal:
+            raise StepStopped
+
     @property
     def exit_code(self) -> int:
         """What a shell expects of a process that a signal ended."""
@@ -35,16 +44,13 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Let a run finish its step and save when it is told to stop."""
-    request = StopRequest()
+def stop_on_signal(request: StopRequest) -> Iterator[None]:
+    """Let a run save when it is told to stop: `request` says so."""
     before = {}
 
     def on_signal(number: int, frame: Any) -> None:
         request.signal = number
-        print(
-            "\nstopping after this step, then saving; once more to quit at once", file=sys.stderr, flush=True
-        )
+        print("\nstopping, then saving; once more to quit at once", file=sys.stderr, flush=True)
         for which, handler in before.items():
             signal.signal(which, handler)
 
@@ -54,7 +60,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         for which in (signal.SIGINT, signal.SIGTERM):
             before[which] = signal.signal(which, on_signal)
     try:
-        yield request
+        yield
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)

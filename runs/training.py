@@ -65,6 +65,9 @@ class TrainingConfig:
     """Gradients are clipped to this norm."""
     max_bad_updates: int = 5
     """An update whose loss or gradient is not finite is left out; after so many in a row the run stops."""
+    max_rollbacks: int = 2
+    """A run that diverges (too many bad updates; entropy, KL or length running away) goes back to a good
+    checkpoint at half the learning rate, at most so often; then it stops."""
     micro_batch_tokens: int | None = None
     """Tokens (padding included) that go through the model at once; if not given, 4,096 on a CPU and 16,384 on
     a GPU. Where memory runs out they are halved and the update is done again; the gradient stays."""
@@ -89,6 +92,7 @@ class TrainingConfig:
             require(self, "micro_batch_tokens", at_least=1)
         require(self, "eval_limit", "save_every", "keep_checkpoints", at_least=1)
         require(self, "seed", "eval_every", "warmup_steps", "weight_decay", "lora_rank", at_least=0)
+        require(self, "max_rollbacks", at_least=0)
         require(self, "learning_rate", "max_grad_norm", above=0)
         if self.lora_alpha is not None:
             require(self, "lora_alpha", above=0)

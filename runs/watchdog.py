@@ -11,6 +11,8 @@ from typing import Any
 
 FINDINGS = "watchdog"  # the key of findings in a line of metrics.jsonl
 WINDOW = 10  # steps
+# What a run does not come back from by itself: entropy, KL or length have run away.
+RUNAWAY = ("noise", "kl_explosion", "runaway_length")
 # Weights of a model this large were trained before: rates that suit fresh ones break them.
 PRETRAINED_PARAMETERS = 50_000_000
 
@@ -117,13 +119,6 @@ class Watchdog:
 
 # A mean that should stay below a bound: the metric, the bound, the evidence and the remedy.
 CEILINGS: dict[str, tuple[str, float, str]] = {
-    "truncated": (
-        "rollout/truncated_fraction",
-        0.9,
-        "{value:.0%} of the completions of {steps} steps ran into --max_completion_tokens "
-        "{config.max_completion_tokens}: give more, or the model never ends its turn; --overlong soft, or a "
-        "cold start that shows it the end",
-    ),
     "kl_explosion": (
         "policy/kl",
         1.0,
@@ -154,6 +149,32 @@ def _no_signal(dog: Watchdog) -> str | None:
             "looked for?"
         )
     return f"{seen}. Do the --rewards tell completions apart? --algo dapo replaces such groups"
+
+
+def _grew_too_long(dog: Watchdog) -> bool:
+    first = (dog.first or {}).get("rollout/truncated_fraction", 1.0)
+    return first < 0.5
+
+
+def _truncated(dog: Watchdog) -> str | None:
+    share = dog.mean("rollout/truncated_fraction")
+    if share is None or share < 0.9 or _grew_too_long(dog):
+        return None
+    return (
+        f"{share:.0%} of the completions of {WINDOW} steps ran into --max_completion_tokens "
+        f"{dog.config.max_completion_tokens}: give more, or the model never ends its turn; --overlong soft, "
+        "or a cold start that shows it the end"
+    )
+
+
+def _runaway_length(dog: Watchdog) -> str | None:
+    share = dog.mean("rollout/truncated_fraction")
+    if share is None or share < 0.9 or not _grew_too_long(dog):
+        return None
+    return (
+        f"completions grew until {share:.0%} of them ran into --max_completion_tokens: a smaller "
+        "--learning_rate, --overlong soft, or a reward that does not pay for length"
+    )
 
 
 def _format_lost(dog: Watchdog) -> str | None:
@@ -219,6 +240,8 @@ def _mismatch(dog: Watchdog) -> str | None:
 # Each returns the evidence and the remedy, None where all is well.
 CHECKS: dict[str, Callable[[Watchdog], str | None]] = {
     "no_signal": _no_signal,
+    "truncated": _truncated,
+    "runaway_length": _runaway_length,
     "format_lost": _format_lost,
     "duplicates": _duplicates,
     "entropy_collapse": _entropy_collapse,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import batches
 from batches import MicroBatches, pad_batch, plan_micro_batches
 from runs.config import RunStopped
+from runs.signals import StepStopped
 
 
 def test_prompts_end_and_completions_start_in_one_column():
@@ -115,11 +116,23 @@ def test_where_memory_runs_out_everything_is_done_again_in_smaller_parts(error):
 
 
 def test_another_process_running_out_restarts_this_one(monkeypatch):
-    monkeypatch.setattr(batches, "gather_object", lambda v: [*v, (True, 1)] if v == [(False, 4)] else v)
+    monkeypatch.setattr(
+        batches, "gather_object", lambda v: [*v, (None, True, 1)] if v == [(None, False, 4)] else v
+    )
     done = []
     micro_batches = MicroBatches(CPU, 32)
     micro_batches.run([(4, 4)] * 4, range(4), lambda rows, scale: done.append(rows), done.clear)
     assert done == [[0, 1], [2, 3]]
+
+
+def test_another_process_told_to_stop_stops_this_one(monkeypatch):
+    monkeypatch.setattr(
+        batches, "gather_object", lambda v: [*v, (15, False, 4)] if v == [(None, False, 4)] else v
+    )
+    done = []
+    with pytest.raises(StepStopped):
+        MicroBatches(CPU, 32).run([(4, 4)] * 4, range(4), lambda rows, scale: done.append(rows), done.clear)
+    assert done == []
 
 
 def test_a_single_sequence_that_does_not_fit_stops_the_run_with_the_remedy():

@@ -223,7 +223,7 @@ def test_processes_share_an_exam_and_all_learn_its_figures(monkeypatch, processe
         engine = ScriptedGroups(script)
         accelerator = SimpleNamespace(num_processes=processes, process_index=index, autocast=nullcontext)
         # Every process gets what all of them have sent.
-        monkeypatch.setattr(exam, "gather_object", lambda share: shares.append(share) or whole)
+        monkeypatch.setattr(exam, "gather_object", lambda told: shares.extend(told) or [whole])
         figures = hold_shared_exam(accelerator, engine, ByteTokenizer(), PROBLEMS, params, (9,))
         assert figures == summarise(whole)
         firsts += [(len(asked), first) for asked, n, _, seed, first in engine.asked if (n, seed) == (1, (9,))]

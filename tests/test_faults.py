@@ -1,13 +1,19 @@
-"""Faults planted in whole runs: what is not finite, and what teaches nothing."""
+"""Faults planted in whole runs: what is not finite, what runs away, full disks, what teaches nothing."""
 
 import json
+import resource
+import signal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from quick import lines, quick_grpo, quick_sft, same, weights
 
 import optimizers as optimizers_module
+import runs.folder
+from runs.checkpoint import find_damage
 from runs.config import RunStopped
+from runs.metrics import RunLog
 from train_grpo import main as train_grpo
 from train_sft import main as train_sft
 
@@ -48,12 +54,140 @@ def test_an_update_that_is_not_finite_is_left_out_and_kept_for_inspection(
 @pytest.mark.slow
 def test_too_many_bad_updates_stop_the_run_with_its_weights_unharmed(tmp_path, monkeypatch):
     poison(monkeypatch, train_grpo, {1, 2, 3})
-    with pytest.raises(RunStopped, match=r"3 updates in a row.*nan.*--learning_rate 0.0002"):
-        train_grpo(quick_grpo(tmp_path / "run", total_steps=6, max_bad_updates=3, save_every=3))
+    config = quick_grpo(tmp_path / "run", total_steps=6, max_bad_updates=3, save_every=1, max_rollbacks=0)
+    with pytest.raises(RunStopped, match=r"step 4: 3 updates in a row.*nan.*smaller --learning_rate \(now"):
+        train_grpo(config)
     after = weights(tmp_path / "run" / "checkpoints" / "step-000003")
     monkeypatch.undo()
     assert train_grpo(quick_grpo(tmp_path / "healthy", total_steps=1)) == 0
     assert same(after, weights(tmp_path / "healthy" / "final"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("train", "quick"), [(train_grpo, quick_grpo), (train_sft, quick_sft)])
+def test_a_run_that_diverged_goes_back_at_half_the_rate_and_in_the_end_stops(
+    train, quick, tmp_path, monkeypatch, capsys
+):
+    changes = {"total_steps": 6, "max_bad_updates": 2, "eval_every": 0, "warmup_steps": 0, "save_every": 3}
+    changes |= {"lr_schedule": "constant", "max_rollbacks": 2}
+    # Updates 5 and 6 are of steps 5 and 6, then of 4 and 5 after the first way back.
+    with monkeypatch.context() as patch:
+        poison(patch, train, {4, 5, 7, 8})
+        assert train(quick(tmp_path / "run", **changes)) == 0
+    told = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in told] == [1, 2, 3, 4, 5, 6]
+    rate = told[0]["policy/learning_rate"]
+    assert [line["policy/learning_rate"] / rate for line in told] == [1, 1, 1, 0.25, 0.25, 0.25]
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "run" / "final").values())
+    kept = json.loads((tmp_path / "run" / "incidents" / "rollback-1.json").read_text())
+    assert kept["step"] == 6
+    assert kept["to"].endswith("step-000003")
+    assert "going back to" in capsys.readouterr().out
+    # Bad from the first step on, there is no checkpoint to go back to, and no end but one.
+    poison(monkeypatch, train, range(100))
+    with pytest.raises(
+        RunStopped, match="2 updates in a row.*again, after going back to a checkpoint 2 times"
+    ):
+        train(quick(tmp_path / "bad", **changes))
+    kept = json.loads((tmp_path / "bad" / "incidents" / "rollback-2.json").read_text())
+    assert kept["to"] == "None"
+
+
+@pytest.mark.slow
+def test_a_run_that_runs_away_goes_back_to_before_it_did(tmp_path, monkeypatch, capsys):
+    noise = [False] * 11 + [True] * 10 + [False] * 40
+    tell = runs.folder.Run.tell
+
+    def told(run, metrics):
+        if noise.pop(0):
+            metrics = metrics | {"policy/entropy": 99.0, "train/reward": -99.0}
+        tell(run, metrics)
+
+    monkeypatch.setattr(runs.folder.Run, "tell", told)
+    changes = {"total_steps": 22, "eval_every": 0, "save_every": 2, "keep_checkpoints": 9}
+    assert train_grpo(quick_grpo(tmp_path, **changes)) == 0
+    kept = json.loads((tmp_path / "incidents" / "rollback-1.json").read_text())
+    assert "the policy is turning to noise" in kept["cause"]
+    assert kept["step"] - 10 - 2 <= int(kept["to"][-6:]) <= kept["step"] - 10
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == list(range(1, 23))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Disks
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow past a limit, as on a disk that is full; called with None it may again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(("train", "quick"), [(train_grpo, quick_grpo), (train_sft, quick_sft)])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    train, quick, tmp_path, monkeypatch, capsys, small_files
+):
+    assert train(quick(tmp_path / "whole", eval_every=0, save_every=1)) == 0
+    checkpoint = runs.folder.Run.checkpoint
+
+    def full_at_2_and_3(run):
+        # Enough for the lines of a step, and not for a model.
+        small_files(100_000 if run.step in (2, 3) else None)
+        checkpoint(run)
+        saved = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+        assert saved == {2: ["step-000001"], 3: ["step-000001"]}.get(run.step, saved)
+        small_files(None)
+
+    monkeypatch.setattr(runs.folder.Run, "checkpoint", full_at_2_and_3)
+    assert train(quick(tmp_path / "run", eval_every=0, save_every=1)) == 0
+    told = capsys.readouterr().out
+    assert told.count("the checkpoint could not be written") == 2
+    assert "step 2: the checkpoint" in told
+    assert str(tmp_path / "run" / "checkpoints" / "step-000001") in told
+    assert same(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
+    assert find_damage(tmp_path / "run" / "checkpoints" / "step-000004") is None
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_end_says_so_and_the_same_command_finishes(tmp_path, monkeypatch, small_files):
+    finish = runs.folder.Run.finish
+
+    def full(run):
+        small_files(100_000)
+        return finish(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.folder.Run, "finish", full)
+        with pytest.raises(
+            RunStopped, match="the final model could not be written.*goes on from .*step-000004"
+        ):
+            train_grpo(quick_grpo(tmp_path / "run"))
+    small_files(None)
+    assert not (tmp_path / "run" / "final").exists()
+    assert train_grpo(quick_grpo(tmp_path / "run")) == 0
+    assert find_damage(tmp_path / "run" / "final") is None
+
+
+def test_lines_that_the_disk_would_not_take_are_written_later(tmp_path, small_files, capsys):
+    log = RunLog(tmp_path, Accelerator(cpu=True), total_steps=3, first_step=0)
+    log.step(1, {"a": 1.0})
+    small_files((tmp_path / "metrics.jsonl").stat().st_size + 5)
+    log.step(2, {"a": 2.0})
+    log.step(3, {"a": 3.0})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 1.0}]  # whole lines alone
+    with pytest.raises(OSError, match="too large"):
+        log.flush()
+    small_files(None)
+    log.flush()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert capsys.readouterr().out.count("metrics.jsonl could not be written") == 1
 
 
 @pytest.mark.slow

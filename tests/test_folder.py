@@ -4,7 +4,6 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ class Settings:
     learning_rate: float = 0.1
     lora_rank: int = 0
     max_bad_updates: int = 2
+    max_rollbacks: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     resume: str = "auto"
     tracker: str = "none"
@@ -265,9 +265,9 @@ def test_a_run_goes_on_at_the_rate_that_it_is_asked_for(config, make_run):
     assert second.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"] / 2
 
 
-def test_best_is_the_best_and_not_the_last(config, make_run):
+def test_best_is_the_best_and_not_the_last(config, make_run, monkeypatch):
     run, saved = make_run(config), []
-    run._write = saved.append
+    monkeypatch.setattr(runs.folder, "write_folder", lambda target, write: saved.append(target.name))
     for accuracy in (0.0, 0.5, 0.5, 0.4, 0.6):
         run.evaluated("validation", figures(accuracy))
     assert saved == ["best", "best", "best"]
@@ -277,7 +277,7 @@ def test_best_is_the_best_and_not_the_last(config, make_run):
 def test_a_run_that_ends_leaves_final_and_says_where(config, make_run, capsys):
     run = make_run(config)
     train(run, 4)
-    assert run.finish(SimpleNamespace(agreed=None)) == 0
+    assert run.finish() == 0
     assert (Path(config.output) / "final" / MANIFEST).is_file()
     assert f"final model: {Path(config.output) / 'final'}" in capsys.readouterr().out
 
@@ -288,7 +288,8 @@ def test_a_stopped_run_leaves_no_final_and_names_only_what_is_there(config, make
     if saved:
         train(run, 2)
         run.checkpoint()
-    assert run.finish(SimpleNamespace(agreed=15, exit_code=143)) == 143
+    run.stop.agreed = 15
+    assert run.finish() == 143
     assert not (Path(config.output) / "final").exists()
     told = capsys.readouterr().out
     assert f"stopped after {run.step} steps; the same command goes on." in told

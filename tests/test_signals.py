@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from runs.signals import stop_on_signal
+from runs.signals import StepStopped, StopRequest, stop_on_signal
 
 
 @pytest.fixture(autouse=True)
@@ -21,17 +21,21 @@ def handlers():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_is_noted_and_gives_the_exit_code_of_a_shell(number, code, capsys):
-    with stop_on_signal() as stop:
+    stop = StopRequest()
+    with stop_on_signal(stop):
+        stop.check()
         assert stop.signal is None
         signal.raise_signal(number)
         assert stop.signal == number
         assert stop.exit_code == code
-    assert "stopping after this step" in capsys.readouterr().err
+        with pytest.raises(StepStopped):
+            stop.check()
+    assert "stopping, then saving" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_quits_at_once(number):
-    with stop_on_signal():
+    with stop_on_signal(StopRequest()):
         signal.raise_signal(number)
         # Either signal may come second.
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -40,7 +44,7 @@ def test_the_second_signal_quits_at_once(number):
 
 
 def test_handlers_are_put_back_after_the_run():
-    with stop_on_signal():
+    with stop_on_signal(StopRequest()):
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -50,7 +54,8 @@ def test_a_run_in_another_thread_leaves_the_handlers_alone():
     seen = []
 
     def work():
-        with stop_on_signal() as stop:
+        stop = StopRequest()
+        with stop_on_signal(stop):
             seen.append((stop.signal, signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=work)

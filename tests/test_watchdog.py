@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from runs.watchdog import CEILINGS, CHECKS, WINDOW, Watchdog
+from runs.watchdog import CEILINGS, CHECKS, RUNAWAY, WINDOW, Watchdog
 
 # A step of a run that learns.
 HEALTHY = {
@@ -41,7 +41,7 @@ def slashed(changes):
 
 PLANTED = {
     "no_signal": ({"rollout__zero_variance_groups": 0.99}, "--rewards"),
-    "truncated": ({"rollout__truncated_fraction": 0.95}, "--max_completion_tokens 64"),
+    "runaway_length": ({"rollout__truncated_fraction": 0.95}, "--overlong soft"),
     "format_lost": ({"train__format_rate": 0.3}, "--rewards"),
     "duplicates": ({"rollout__duplicate_fraction": 0.9, "rewards__correct": 0.2}, "--temperature 1"),
     "entropy_collapse": ({"policy__entropy": 0.01}, "--entropy_coef"),
@@ -53,7 +53,8 @@ PLANTED = {
 
 
 def test_every_cause_is_planted():
-    assert PLANTED.keys() == CHECKS.keys() | CEILINGS.keys()
+    assert PLANTED.keys() | {"truncated"} == CHECKS.keys() | CEILINGS.keys()
+    assert set(RUNAWAY) <= PLANTED.keys()
 
 
 @pytest.mark.parametrize("cause", PLANTED)
@@ -64,6 +65,12 @@ def test_a_planted_cause_is_found_once_with_its_remedy(cause):
     found = watch(dog, 3 * WINDOW, **slashed(changes))
     assert [finding.cause for finding in found] == [cause]
     assert remedy in found[0].text
+
+
+def test_completions_that_never_ended_are_no_run_away():
+    found = watch(Watchdog(config()), 3 * WINDOW, **slashed({"rollout__truncated_fraction": 0.95}))
+    assert [finding.cause for finding in found] == ["truncated"]
+    assert "--max_completion_tokens 64" in found[0].text
 
 
 @pytest.mark.parametrize(
@@ -130,15 +137,15 @@ def test_a_model_that_breaks_after_the_first_evaluation_is_not_hacking():
 def test_a_resumed_run_tells_nothing_twice():
     first, told = Watchdog(config()), []
     for step in range(3 * WINDOW):
-        changes = {} if step < WINDOW else slashed(PLANTED["truncated"][0])
+        changes = {} if step < WINDOW else slashed(PLANTED["runaway_length"][0])
         found = first.step(HEALTHY | changes)
         row = {"step": step, **HEALTHY, **changes}
         told.append(row | ({"watchdog": [vars(finding) for finding in found]} if found else {}))
     evaluation = {"step": 5, "accuracy_strict": 0.5, "ci95": [0.4, 0.6]}
     second = Watchdog(config())
     second.replay(told, [evaluation])
-    assert second.told == {"truncated"}
-    assert watch(second, WINDOW, **slashed(PLANTED["truncated"][0])) == []
+    assert second.told == {"runaway_length"}
+    assert watch(second, WINDOW, **slashed(PLANTED["runaway_length"][0])) == []
     assert second.best[0] == 0.5
 
 
