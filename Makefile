@@ -13,7 +13,7 @@ DEMO := outputs/demo-seed$(SEED)
 PIPELINE := outputs/pipeline-seed$(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pipeline clean-baseline test unit lint format sft $(ALGOS) evaluate chat terminal
+.PHONY: help setup demo pipeline clean-baseline test unit soak lint format sft $(ALGOS) evaluate chat terminal
 
 help:
 	@echo "make demo [SEED=0]        cold start, GRPO, evaluation of both on the tiny model, in minutes"
@@ -86,7 +86,10 @@ terminal: .venv/ready
 	@$(BIN)/python -m inference.chat --model $(MODEL) $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -q -m "not gpu and not network" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not soak and not gpu and not network" $(ARGS)
+
+soak: setup
+	@$(BIN)/python -m pytest -q -m soak $(ARGS)
 
 unit: setup
 	@$(BIN)/python -m pytest -q $(ARGS)
