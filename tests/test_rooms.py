@@ -37,6 +37,7 @@ ROOMS = {
     "inference.kv_cache": [],
     "inference.decoders": ["inference.kv_cache", "llama"],
     "inference.engine": ["inference", "inference.decoders", "inference.sampling", "memory"],
+    "inference.http": [],
     # Whoever talks through an engine.
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
@@ -104,6 +105,7 @@ TORCH_FREE = [
     "data",
     "inference",
     "inference.chat",
+    "inference.http",
     "inference.reading",
     "rewards",
     "rewards.scorer",
