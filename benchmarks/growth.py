@@ -38,7 +38,7 @@ def run_point(shape: dict[str, int], repeats: int) -> dict[str, float]:
     from inference import SamplingParams
     from inference.engine import TorchEngine
     from memory import peak_memory
-    from models import build_tiny
+    from tiny import build_tiny
 
     model, tokenizer = build_tiny(0)
     engine = TorchEngine(model.eval(), tokenizer)

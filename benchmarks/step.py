@@ -38,8 +38,9 @@ from torch import nn  # noqa: E402
 from transformers import PreTrainedTokenizerBase as Tokenizer  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
-from models import build_tiny, build_tiny_tokenizer, save_model  # noqa: E402
+from models import save_model  # noqa: E402
 from prompts import prepare_tokenizer  # noqa: E402
+from tiny import build_tiny, build_tiny_tokenizer  # noqa: E402
 
 GROUP_SIZE = 8
 CASES: dict[str, dict[str, int]] = {

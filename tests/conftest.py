@@ -56,9 +56,9 @@ ARCHITECTURES = {
 @pytest.fixture(scope="session")
 def tiny():
     """The built-in (model, tokenizer); shared, so leave them as they are."""
-    import models
+    from tiny import build_tiny
 
-    model, tokenizer = models.build_tiny(0)
+    model, tokenizer = build_tiny(0)
     return model.eval(), tokenizer
 
 

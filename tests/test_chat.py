@@ -173,8 +173,8 @@ def test_a_long_stream_decodes_a_bounded_window_for_each_token():
 
 
 def test_the_built_in_tokenizer_streams_what_it_decodes_at_once():
-    models = pytest.importorskip("models", reason="needs torch")
-    tokenizer = models.build_tiny_tokenizer()
+    tiny = pytest.importorskip("tiny", reason="needs torch")
+    tokenizer = tiny.build_tiny_tokenizer()
     for text in [*TEXTS, "12 + 34 = 46\n√2 🧮"]:
         token_ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
         last = read(tokenizer, token_ids)[-1]

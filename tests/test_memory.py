@@ -21,7 +21,8 @@ from types import SimpleNamespace
 from batches import MicroBatches
 from data import Problem
 from inference import Completion
-from models import Policy, build_tiny
+from models import Policy
+from tiny import build_tiny
 from rewards import Scores
 from rollouts import Group, collate
 from train_grpo import GRPOConfig

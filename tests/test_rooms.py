@@ -21,7 +21,8 @@ ROOMS = {
     "mixes": [],
     "batches": ["memory", "runs.config", "runs.signals"],
     "optimizers": [],
-    "models": ["llama", "losses", "prompts"],
+    "models": ["llama", "losses", "prompts", "tiny"],
+    "tiny": ["prompts"],
     "exam": ["data", "inference", "prompts", "rewards.*", "runs.signals"],
     "rewards": ["prompts", "rewards.*"],
     "rollouts": ["batches", "data", "inference", "prompts", "rewards.*"],
@@ -45,7 +46,7 @@ ROOMS = {
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
         *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "prompts"],
-        *["inference.*", "runs.*"],
+        *["inference.*", "runs.*", "tiny"],
     ],
     "train_grpo": [
         *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "prompts"],
@@ -71,14 +72,15 @@ GUARDED = {
             "optimizers",
             "rollouts",
             "runs.*",
+            "tiny",
             "train_grpo",
         ],
         *["train_sft", "updates"],
         *["inference.chat", "inference.decoders", "inference.engine", "inference.kv_cache"],
         *["inference.sampling"],
     ],
-    "transformers": ["inference.decoders", "inference.engine", "models"],
-    "tokenizers": ["models"],
+    "transformers": ["inference.decoders", "inference.engine", "models", "tiny"],
+    "tokenizers": ["tiny"],
     "peft": ["models"],
     "accelerate": [
         "batches",

@@ -20,8 +20,9 @@ import runs.folder
 from data import Problem
 from evaluate import EvaluateConfig
 from evaluate import main as evaluate
-from models import add_adapter, build_tiny_tokenizer, load_reward_model, save_model
+from models import add_adapter, load_reward_model, save_model
 from runs.config import UserError, parse_config, run_script
+from tiny import build_tiny_tokenizer
 from train_grpo import GRPOConfig
 from train_grpo import main as train_grpo
 from train_sft import SFTConfig, encode_examples
