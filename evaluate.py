@@ -23,8 +23,9 @@ from data import Problem, load_problems
 from exam import Answer, hold_exam, pass_at_k, summarise, worth_imitating
 from inference import SamplingParams
 from inference.engine import TorchEngine
-from models import load_model, load_tokenizer, make_accelerator
+from models import load_model, make_accelerator
 from runs.config import at_the_door, parse_config, require, run_script
+from tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

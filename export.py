@@ -20,12 +20,10 @@ from torch import nn
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from models import (
-    ADAPTER,
     compute_dtype,
     is_quantized,
     load_merged,
     load_model,
-    load_tokenizer,
     make_accelerator,
     save_model,
 )
@@ -33,6 +31,7 @@ from prompts import encode_prompt
 from runs.checkpoint import latest_checkpoint, write_folder
 from runs.config import RunStopped, at_the_door, parse_config, run_script
 from runs.folder import require_writable
+from tokenizer import ADAPTER, load_tokenizer
 
 PARITY_QUESTIONS = 20
 ANSWER_TOKENS = 64

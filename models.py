@@ -14,75 +14,28 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-import prompts
 from llama import is_llama, predicting_states, without_adapter
 from losses import token_logprobs
-from tiny import TINY, build_tiny, build_tiny_tokenizer
+from tiny import TINY, build_tiny
+from tokenizer import ADAPTER, load_any_tokenizer, require_model
 
 # A bar for every file that is read or written is noise among a run's lines; the Hub's own bars stay.
 logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))
 
-ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
 QUANTIZED = "base_quantization.json"  # beside an adapter whose base was held in 4 bits
 Quantization = Literal["none", "nf4"]
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading and saving
-
-
-def load_tokenizer(name: str, system_prompt: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hub name, its chat template prepared (`prompts.prepare_tokenizer`).
-
-    Raises:
-        FileNotFoundError: no such model, or a folder without a tokenizer.
-        ValueError: a tokenizer without an end-of-sequence token: nothing would ever stop; or a chat template
-            that refuses the system prompt.
-    """
-    if name == TINY:
-        return build_tiny_tokenizer()
-    _require_model(name)
-    tokenizer = _load_any_tokenizer(name)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of model {name!r} has no eos_token: set one in tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id is None:
-        # Only ever a filler: masks are built from lengths, so an EOS used as padding is still trained where
-        # it counts.
-        tokenizer.pad_token = tokenizer.eos_token
-    prompts.prepare_tokenizer(tokenizer, system_prompt)
-    try:
-        prompts.render_prompt(tokenizer, "")
-    except TemplateError as error:  # Gemma 2, for one, refuses a system message
-        raise ValueError(
-            f"the chat template of model {name!r} cannot be used with a system prompt: {error}; "
-            "give an empty system_prompt"
-        ) from error
-    return tokenizer
-
-
-def _load_any_tokenizer(name: str, **sides: str) -> PreTrainedTokenizerBase:
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
-        raise FileNotFoundError(
-            f"model {name!r} has no tokenizer (no tokenizer.json or tokenizer.model in the folder); "
-            "copy the tokenizer files of its base model into it"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(name, **sides)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"the tokenizer of model {name!r} could not be loaded: {error}") from error
 
 
 def load_model(
@@ -115,7 +68,7 @@ def load_model(
     elif (Path(name) / ADAPTER).is_file():
         model = _load_adapter(name)
     else:
-        _require_model(name)
+        require_model(name)
         options = {"quantization_config": _four_bits()} if quantize == "nf4" else {}
         try:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
@@ -272,21 +225,6 @@ def _say_rotary_base(file: Path) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _require_model(name: str) -> None:
-    """Refuse a path that is not there before the Hub is asked for it."""
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
-            raise FileNotFoundError(
-                f"model {name!r} is a folder without a config.json; give a Hugging Face model folder"
-            )
-    elif name.count("/") != 1 or name.startswith((".", "/", "~", "outputs/")):
-        raise FileNotFoundError(
-            f"model {name!r} is not there; give a folder, a Hub name such as Qwen/Qwen2.5-0.5B-Instruct, "
-            f"or {TINY!r}"
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------
 # A model that rewards
 
@@ -311,7 +249,7 @@ def load_reward_model(
     """
     if batch_size < 1 or max_tokens < 1:
         raise ValueError(f"batch_size and max_tokens must be >= 1, got {batch_size} and {max_tokens}")
-    _require_model(name)
+    require_model(name)
     # Not float16, which the states of many models overflow.
     has_bf16 = torch.device(device).type == "cuda" and compute_dtype() == torch.bfloat16
     dtype = torch.bfloat16 if has_bf16 else torch.float32
@@ -321,7 +259,7 @@ def load_reward_model(
         )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"reward model {name!r} could not be loaded: {error}") from error
-    tokenizer = _load_any_tokenizer(name, truncation_side="left", padding_side="right")
+    tokenizer = load_any_tokenizer(name, truncation_side="left", padding_side="right")
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"]))
         raise ValueError(

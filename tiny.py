@@ -1,10 +1,10 @@
 """The built-in model and its tokenizer: small enough to be trained from nothing on a laptop."""
 
-import torch
+from typing import Any
+
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import nn
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2Tokenizer
 
 import prompts
 
@@ -41,13 +41,16 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_tiny(seed: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def build_tiny(seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
     """The built-in model with fresh weights: Qwen2's architecture,
     0.44 M parameters, trained from nothing in minutes.
 
     Args:
         seed: of the weights; the global random state is left as it was.
     """
+    import torch  # the tokenizer above needs none
+    from transformers import Qwen2ForCausalLM
+
     tokenizer = build_tiny_tokenizer()
     config = Qwen2Config(
         vocab_size=320,  # the tokenizer's 275, rounded up: kernels like multiples of 64

@@ -31,12 +31,10 @@ from inference.engine import TorchEngine
 from memory import is_out_of_memory, peak_memory
 from mixes import refuse_mixes
 from models import (
-    ADAPTER,
     Policy,
     WithoutAdapter,
     load_model,
     load_reward_model,
-    load_tokenizer,
     make_accelerator,
 )
 from optimizers import make_optimizer, make_scheduler
@@ -61,6 +59,7 @@ from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
 from runs.signals import StepStopped
 from runs.training import TrainingConfig
+from tokenizer import ADAPTER, load_tokenizer
 from train_sft import SFTConfig
 from train_sft import main as cold_start
 from updates import minibatches, score_rollout, update, update_metrics

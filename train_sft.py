@@ -26,7 +26,7 @@ from inference import SamplingParams
 from inference.engine import TorchEngine
 from losses import loss_weights
 from memory import peak_memory
-from models import Policy, load_tokenizer, make_accelerator
+from models import Policy, make_accelerator
 from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
 from prompts import completion_prefix, encode_prompt, render_prompt
 from runs.config import at_the_door, parse_config, require, run_script
@@ -34,6 +34,7 @@ from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
 from runs.training import TrainingConfig
 from tiny import TINY
+from tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
 # Configuration

@@ -150,8 +150,9 @@ def load_chat_model(name: str, system_prompt: str | None = None) -> ChatModel:
 
     import models
     from inference.engine import TorchEngine
+    from tokenizer import load_tokenizer
 
-    tokenizer = models.load_tokenizer(name, system_prompt)
+    tokenizer = load_tokenizer(name, system_prompt)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = models.load_model(name, device=device)
     if device.type == "cuda":

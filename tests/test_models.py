@@ -17,6 +17,7 @@ from transformers import (
 import models
 import prompts
 from batches import pad_batch
+from tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
 # Loading and saving
@@ -43,9 +44,7 @@ def test_a_saved_tiny_model_is_the_same_in_plain_transformers(tiny, tmp_path):
     plain = check_plain_transformers_agree(tmp_path, model, tokenizer)
     assert plain.generation_config.eos_token_id == tokenizer.eos_token_id
     assert plain.generation_config.pad_token_id == tokenizer.pad_token_id
-    check_plain_transformers_agree(
-        tmp_path, models.load_model(str(tmp_path)), models.load_tokenizer(str(tmp_path))
-    )
+    check_plain_transformers_agree(tmp_path, models.load_model(str(tmp_path)), load_tokenizer(str(tmp_path)))
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +67,20 @@ def llama_folder(chat_tokenizer, tmp_path_factory):
 
 
 def test_a_foreign_model_is_prepared_and_comes_back_as_it_was_trained(llama_folder, tmp_path):
-    model, tokenizer = models.load_model(str(llama_folder)), models.load_tokenizer(str(llama_folder))
+    model, tokenizer = models.load_model(str(llama_folder)), load_tokenizer(str(llama_folder))
     assert model.dtype == torch.float32
     assert prompts.SYSTEM_PROMPT in prompts.render_prompt(tokenizer, "3 + 4 = ?")
     models.save_model(tmp_path, model, tokenizer)
     plain = check_plain_transformers_agree(tmp_path, model, tokenizer)
     # Both what the tokenizer's turn ends with and what the model stopped at before.
     assert plain.generation_config.eos_token_id == [0, tokenizer.eos_token_id]
-    other = models.load_tokenizer(str(llama_folder), system_prompt="be brief")
+    other = load_tokenizer(str(llama_folder), system_prompt="be brief")
     assert "system\nbe brief" in prompts.render_prompt(other, "3 + 4 = ?")
 
 
 def test_a_tokenizer_without_padding_pads_with_its_eos(llama_folder, chat_tokenizer, tmp_path):
     copy_with(llama_folder, tmp_path, pad_token=None)
-    tokenizer = models.load_tokenizer(str(tmp_path))
+    tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == chat_tokenizer.eos_token_id
 
 
@@ -95,7 +94,7 @@ def copy_with(source, target, **settings):
 
 
 def test_a_missing_model_is_told_with_a_remedy(tmp_path):
-    for load in (models.load_model, models.load_tokenizer):
+    for load in (models.load_model, load_tokenizer):
         for name in (str(tmp_path / "nothing"), "outputs/nothing", "qwen", "./a", "a/b/c"):
             with pytest.raises(FileNotFoundError) as error:
                 load(name)
@@ -105,13 +104,13 @@ def test_a_missing_model_is_told_with_a_remedy(tmp_path):
 
 
 def test_a_hub_name_that_cannot_be_had_is_told():
-    for load, what in ((models.load_model, "model"), (models.load_tokenizer, "the tokenizer of model")):
+    for load, what in ((models.load_model, "model"), (load_tokenizer, "the tokenizer of model")):
         with pytest.raises(FileNotFoundError, match=f"^{what} 'nobody/nothing' could not be loaded: "):
             load("nobody/nothing")
 
 
 def test_a_folder_that_is_no_model_is_told(tmp_path):
-    for load in (models.load_model, models.load_tokenizer):
+    for load in (models.load_model, load_tokenizer):
         with pytest.raises(FileNotFoundError, match="is a folder without a config.json; give a"):
             load(str(tmp_path))
 
@@ -119,7 +118,7 @@ def test_a_folder_that_is_no_model_is_told(tmp_path):
 def test_a_folder_without_a_tokenizer_or_weights_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(FileNotFoundError, match="has no tokenizer .*; copy the tokenizer files"):
-        models.load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"^model '.*' could not be loaded: .*model\.safetensors"):
         models.load_model(str(tmp_path))
 
@@ -127,7 +126,7 @@ def test_a_folder_without_a_tokenizer_or_weights_is_told(tmp_path):
 def test_a_tokenizer_that_never_stops_is_refused(llama_folder, tmp_path):
     copy_with(llama_folder, tmp_path, eos_token=None)
     with pytest.raises(ValueError, match=r"has no eos_token: set one in tokenizer_config\.json"):
-        models.load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_template_that_refuses_a_system_message_is_told(llama_folder, tmp_path):
@@ -137,8 +136,8 @@ def test_a_template_that_refuses_a_system_message_is_told(llama_folder, tmp_path
         "{{ messages[0].content }}"
     )
     with pytest.raises(ValueError, match="System role not supported; give an empty system_prompt"):
-        models.load_tokenizer(str(tmp_path))
-    tokenizer = models.load_tokenizer(str(tmp_path), system_prompt="")
+        load_tokenizer(str(tmp_path))
+    tokenizer = load_tokenizer(str(tmp_path), system_prompt="")
     assert prompts.render_prompt(tokenizer, "3 + 4 = ?") == "3 + 4 = ?"
 
 

@@ -21,8 +21,9 @@ ROOMS = {
     "mixes": [],
     "batches": ["memory", "runs.config", "runs.signals"],
     "optimizers": [],
-    "models": ["llama", "losses", "prompts", "tiny"],
     "tiny": ["prompts"],
+    "tokenizer": ["prompts", "tiny"],
+    "models": ["llama", "losses", "tiny", "tokenizer"],
     "exam": ["data", "inference", "prompts", "rewards.*", "runs.signals"],
     "rewards": ["prompts", "rewards.*"],
     "rollouts": ["batches", "data", "inference", "prompts", "rewards.*"],
@@ -42,20 +43,20 @@ ROOMS = {
     # Whoever talks through an engine.
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
-    "inference.chat": ["inference.*", "models", "prompts"],
+    "inference.chat": ["inference.*", "models", "prompts", "tokenizer"],
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
         *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "prompts"],
-        *["inference.*", "runs.*", "tiny"],
+        *["inference.*", "runs.*", "tiny", "tokenizer"],
     ],
     "train_grpo": [
         *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "prompts"],
-        *["rollouts", "updates", "inference.*", "rewards.*", "runs.*"],
+        *["rollouts", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
-    "evaluate": ["data", "exam", "inference.*", "models", "prompts", "rewards.*", "runs.*"],
+    "evaluate": ["data", "exam", "inference.*", "models", "prompts", "rewards.*", "runs.*", "tokenizer"],
     "app": ["data", "inference.*", "models", "prompts", "rewards.*", "runs.*"],
-    "export": ["inference.*", "models", "prompts", "runs.*"],
+    "export": ["inference.*", "models", "prompts", "runs.*", "tokenizer"],
 }
 
 # Who alone may import a package from outside, anywhere in the file.
@@ -79,7 +80,7 @@ GUARDED = {
         *["inference.chat", "inference.decoders", "inference.engine", "inference.kv_cache"],
         *["inference.sampling"],
     ],
-    "transformers": ["inference.decoders", "inference.engine", "models", "tiny"],
+    "transformers": ["inference.decoders", "inference.engine", "models", "tiny", "tokenizer"],
     "tokenizers": ["tiny"],
     "peft": ["models"],
     "accelerate": [
