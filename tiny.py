@@ -1,5 +1,7 @@
 """The built-in model and its tokenizer: small enough to be trained from nothing on a laptop."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
@@ -9,6 +11,18 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2Tokenizer
 import prompts
 
 TINY = "tiny"  # its name wherever a model is asked for
+# What tells its folders from those of all other models.
+SHAPE = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4}
+
+
+def is_tiny(name: str) -> bool:
+    """Is it the built-in model: by name, by the folder that a run left, or that of an adapter to one?"""
+    if name == TINY:
+        return True
+    adapter, whole = Path(name) / "adapter_config.json", Path(name) / "config.json"
+    if adapter.is_file():
+        return is_tiny(json.loads(adapter.read_text())["base_model_name_or_path"])
+    return whole.is_file() and SHAPE.items() <= json.loads(whole.read_text()).items()
 
 
 def build_tiny_tokenizer() -> PreTrainedTokenizerBase:
@@ -52,12 +66,10 @@ def build_tiny(seed: int) -> tuple[Any, PreTrainedTokenizerBase]:
     from transformers import Qwen2ForCausalLM
 
     tokenizer = build_tiny_tokenizer()
+    # The vocabulary is the tokenizer's 275, rounded up: kernels like multiples of 64. Depth, not width: with
+    # 2 layers of 384 instead, luck decides when sums are understood.
     config = Qwen2Config(
-        vocab_size=320,  # the tokenizer's 275, rounded up: kernels like multiples of 64
-        hidden_size=128,
-        # Depth, not width: with 2 layers of 384 instead, luck decides when sums are understood.
-        intermediate_size=128,
-        num_hidden_layers=4,
+        **SHAPE,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,

@@ -123,6 +123,9 @@ CRITIC: dict[str, Any] = {
 class GRPOConfig(TrainingConfig):
     """Every field is a flag of the same name; a knob that is None takes the value of the preset `algo`."""
 
+    tiny_rates = (4e-4, 4e-3)
+    pretrained_rates = (1e-6, 1e-5)
+
     model: str = f"{COLD_START.output}/final"
     """A model folder or a Hub name. The default is the cold start's; where there is none, it is run first."""
     output: str = "outputs/grpo"
@@ -211,8 +214,9 @@ class GRPOConfig(TrainingConfig):
     replay_groups: int = 0
     """Groups of the steps before, the latest with a signal, that each step learns from again."""
 
-    learning_rate: float = 4e-4
-    """The highest; 4e-4 suits the tiny model, 1e-6 a pretrained one."""
+    learning_rate: float | None = None
+    """The highest. If not given: 4e-4 for the built-in model, 1e-6 for any other (as in arXiv 2402.03300);
+    for adapters 4e-3 and 1e-5."""
     warmup_steps: int = 5
 
     eval_every: int = 25
@@ -220,6 +224,7 @@ class GRPOConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         """Fill the preset in, then refuse what cannot train."""
+        super().__post_init__()
         has_critic = (self.baseline or PRESETS[self.algo]["baseline"]) == "critic"
         defaults = PRESETS[self.algo] | (CRITIC if has_critic else {})
         if has_critic:
@@ -229,7 +234,6 @@ class GRPOConfig(TrainingConfig):
         for knob, value in defaults.items():
             if getattr(self, knob) is None:
                 object.__setattr__(self, knob, value)
-        super().__post_init__()
         require(self, "prompts_per_step", "group_size", "max_completion_tokens", at_least=1)
         require(self, "updates_per_rollout", "epochs_per_rollout", at_least=1)
         require(self, "kl_coef", "kl_target", "ref_sync_steps", "clip_low", "entropy_coef", at_least=0)

@@ -3,16 +3,25 @@ learns from: the fields that its own configuration inherits.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from models import Quantization, add_adapter, checkpoint_activations, load_model
 from optimizers import OptimizerName
 from runs.config import require
+from tiny import is_tiny
+from tokenizer import ADAPTER
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The fields that the training scripts share; a script's own defaults replace those given here."""
+
+    # The learning rates where none is given: of all weights, and of adapters. These want ten times as much
+    # (Schulman et al. 2025, "LoRA Without Regret"), and the built-in model's do too: with rank 16, GRPO's
+    # validation accuracy after 25 steps is 92.0 % at 4e-4, 96.5 % at 1e-3, and 98.5 % at 4e-3.
+    tiny_rates: ClassVar[tuple[float, float]]
+    pretrained_rates: ClassVar[tuple[float, float]]
 
     model: str
     """A model folder, or a name on the Hugging Face Hub."""
@@ -53,7 +62,7 @@ class TrainingConfig:
     optimizer: OptimizerName = "adamw"
     """muon learns a model from nothing in far fewer steps; adamw suits a pretrained one, adamw_8bit takes a
     quarter of its memory, and paged_adamw_8bit moves that out of a GPU's memory where it runs out."""
-    learning_rate: float
+    learning_rate: float | None = None
     """The highest of the schedule."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls after the warm-up."""
@@ -85,8 +94,22 @@ class TrainingConfig:
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
     """Where metrics go besides `metrics.jsonl`."""
 
+    @property
+    def trains_tiny(self) -> bool:
+        """Is it the built-in model that trains? It is what a cold start yet to come will leave, too."""
+        is_to_come = self.model == getattr(type(self), "model", None) and not Path(self.model).exists()
+        return is_to_come or is_tiny(self.model)
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Is it an adapter that trains, a new one or one that goes on?"""
+        return bool(self.lora_rank) or (Path(self.model) / ADAPTER).is_file()
+
     def __post_init__(self) -> None:
-        """Refuse what cannot train."""
+        """Fill the learning rate in, then refuse what cannot train."""
+        if self.learning_rate is None:
+            of_weights, of_adapter = self.tiny_rates if self.trains_tiny else self.pretrained_rates
+            object.__setattr__(self, "learning_rate", of_adapter if self.trains_adapter else of_weights)
         require(self, "total_steps", "max_prompt_tokens", "max_bad_updates", at_least=1)
         if self.micro_batch_tokens is not None:
             require(self, "micro_batch_tokens", at_least=1)

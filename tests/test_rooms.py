@@ -31,8 +31,8 @@ ROOMS = {
     "updates": ["batches", "losses", "optimizers", "rollouts"],
     "runs": ["models", "runs.*"],
     "runs.config": [],
+    "runs.training": ["models", "optimizers", "runs.config", "tiny", "tokenizer"],
     "runs.loop": ["memory", "runs.folder", "runs.signals"],
-    "runs.training": ["models", "optimizers", "runs.config"],
     # Engines: tokens in, tokens out.
     "inference": [],
     "inference.sampling": ["inference"],
