@@ -24,8 +24,9 @@ from exam import Answer, hold_exam, pass_at_k, summarise, worth_imitating
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from models import load_model, make_accelerator
+from prompts import AnswerStyle
 from runs.config import at_the_door, parse_config, require, run_script
-from tokenizer import load_tokenizer
+from tokenizer import asking, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ class EvaluateConfig:
     """The data's column with the answer; guessed from the usual names if not given."""
     system_prompt: str | None = None
     """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
+    answer_style: AnswerStyle | None = None
+    """How our system prompt asks for answers; see `train_grpo.py --help`, also for the two below."""
+    plain_template: bool = False
+    """Ask in R1-Zero's plain `User: … Assistant: `."""
+    prefill_think: bool | None = None
+    """Begin every completion with `<think>`."""
     max_completion_tokens: int = 512
     """Tokens a completion at most."""
     samples: int = 0
@@ -182,7 +189,7 @@ def main(config: EvaluateConfig) -> int:
     accelerator = make_accelerator()
     names = [name for name in (config.baseline, config.model) if name]
     with at_the_door():
-        tokenizers = {name: load_tokenizer(name, config.system_prompt) for name in names}
+        tokenizers = {name: load_tokenizer(name, **asking(config)) for name in names}
         problems = load_problems(
             config.data,
             config.split,

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from data import Problem
 from inference import Completion, Engine, SamplingParams
-from prompts import completion_prefix, encode_prompt, parse_completion, render_prompt
+from prompts import answer_style, completion_prefix, encode_prompt, parse_completion, render_prompt
 from rewards import judge_problem
 from runs.signals import StepStopped
 
@@ -116,7 +116,7 @@ def judge_completion(tokenizer: Any, prompt: str, completion: Completion, proble
         completion=text,
         tokens=len(completion.token_ids),
         truncated=completion.finish_reason == "length",
-        well_formed=parse_completion(text).well_formed,
+        well_formed=parse_completion(text, answer_style(prompt)).well_formed,
         correct=strict.correct,
         correct_lenient=lenient.correct,
         extracted=strict.extracted,

@@ -14,7 +14,7 @@ from torch import Tensor
 from batches import pad_batch
 from data import Problem
 from inference import Completion, Engine, SamplingParams
-from prompts import completion_prefix, parse_completion, render_prompt
+from prompts import AnswerStyle, answer_style, completion_prefix, parse_completion, render_prompt
 from rewards import Scores
 from rewards.scorer import Scorer
 
@@ -30,6 +30,7 @@ class Group:
         completions: as sampled.
         texts: the completions decoded, a prefilled `<think>` included.
         scores: what the rewards say, one entry a completion.
+        answer_style: how the prompt asks for the answer.
     """
 
     number: int
@@ -38,6 +39,7 @@ class Group:
     completions: list[Completion]
     texts: list[str]
     scores: Scores
+    answer_style: AnswerStyle = "tags"
 
     @property
     def is_judged(self) -> bool:
@@ -106,8 +108,9 @@ def roll_out(
 
     engine.generate(prompt_ids, size, params, (config.seed, step), first_prompt, take)
     scores = dict(zip(texts, scorer.results(), strict=True))
+    styles = [answer_style(prompt) for prompt in prompts]
     return [
-        Group(first_prompt + i, problem, prompt_ids[i], groups[i], texts[i], scores[i])
+        Group(first_prompt + i, problem, prompt_ids[i], groups[i], texts[i], scores[i], styles[i])
         for i, problem in enumerate(problems)
     ]
 
@@ -247,7 +250,9 @@ def count(groups: Sequence[Group]) -> dict[str, Any]:
         "reward": sum(totals),
         "correct": sum(bool(correct) for group in groups for correct in group.scores.correct),
         "undecided": sum(undecided for group in groups for undecided in group.scores.undecided),
-        "well_formed": sum(parse_completion(text).well_formed for group in groups for text in group.texts),
+        "well_formed": sum(
+            parse_completion(text, group.answer_style).well_formed for group in groups for text in group.texts
+        ),
         "tokens": sum(len(c.token_ids) for group in groups for c in group.completions),
         "duplicates": sum(len(group.texts) - len(set(group.texts)) for group in groups),
         "truncated": sum(c.finish_reason == "length" for group in groups for c in group.completions),

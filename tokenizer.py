@@ -1,8 +1,8 @@
 """What can be known of a model without torch: whether there is one of that name, and its tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import prompts
@@ -11,18 +11,30 @@ from tiny import TINY, build_tiny_tokenizer
 ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
 
 
-def load_tokenizer(name: str, system_prompt: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hub name, its chat template prepared (`prompts.prepare_tokenizer`).
+def asking(config: Any) -> dict[str, Any]:
+    """What `load_tokenizer` takes of a script's configuration."""
+    fields = ("system_prompt", "answer_style", "plain_template", "prefill_think")
+    return {name: getattr(config, name) for name in fields}
+
+
+def load_tokenizer(name: str, system_prompt: str | None = None, **how: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or Hub name, its chat template prepared.
+
+    Args:
+        name: a folder, a Hub name, or `tiny`.
+        system_prompt: as `prompts.prepare_tokenizer` takes it.
+        how: what else that takes.
 
     Raises:
         FileNotFoundError: no such model, or a folder without a tokenizer.
         ValueError: a tokenizer without an end-of-sequence token: nothing would ever stop; or a chat template
-            that refuses the system prompt.
+            that cannot ask so.
     """
     if name == TINY:
-        return build_tiny_tokenizer()
-    require_model(name)
-    tokenizer = load_any_tokenizer(name)
+        tokenizer = build_tiny_tokenizer()
+    else:
+        require_model(name)
+        tokenizer = load_any_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of model {name!r} has no eos_token: set one in tokenizer_config.json"
@@ -31,14 +43,10 @@ def load_tokenizer(name: str, system_prompt: str | None = None) -> PreTrainedTok
         # Only ever a filler: masks are built from lengths, so an EOS used as padding is still trained where
         # it counts.
         tokenizer.pad_token = tokenizer.eos_token
-    prompts.prepare_tokenizer(tokenizer, system_prompt)
     try:
-        prompts.render_prompt(tokenizer, "")
-    except TemplateError as error:  # Gemma 2, for one, refuses a system message
-        raise ValueError(
-            f"the chat template of model {name!r} cannot be used with a system prompt: {error}; "
-            "give an empty system_prompt"
-        ) from error
+        prompts.prepare_tokenizer(tokenizer, system_prompt, **how)
+    except ValueError as error:
+        raise ValueError(f"model {name!r} cannot be asked: {error}") from error
     return tokenizer
 
 

@@ -59,7 +59,7 @@ from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
 from runs.signals import StepStopped
 from runs.training import TrainingConfig
-from tokenizer import ADAPTER, load_tokenizer
+from tokenizer import ADAPTER
 from train_sft import SFTConfig
 from train_sft import main as cold_start
 from updates import minibatches, score_rollout, update, update_metrics
@@ -563,7 +563,7 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
     with at_the_door():
         reward_set = load_rewards(config, accelerator.device)
         source = str(start.checkpoint or config.model)
-        tokenizer = load_tokenizer(source, config.system_prompt)
+        tokenizer = config.load_tokenizer(source)
         problems, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
         held_out = (
             load_problems(config.data, "validation", **config.data_arguments()) if config.eval_every else []

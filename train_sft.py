@@ -28,13 +28,12 @@ from losses import loss_weights
 from memory import peak_memory
 from models import Policy, make_accelerator
 from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
-from prompts import completion_prefix, encode_prompt, render_prompt
+from prompts import answer_style, completion_prefix, in_style, render_prompt
 from runs.config import at_the_door, parse_config, require, run_script
 from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
 from runs.training import TrainingConfig
 from tiny import TINY
-from tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -102,14 +101,15 @@ def encode_examples(problems: list[Problem], tokenizer: Any, config: SFTConfig) 
         ValueError: nothing is left to train on.
     """
     examples, unworked, overlong = [], 0, 0
-    prefix = completion_prefix(render_prompt(tokenizer, ""))
     for problem in problems:
         if problem.completion is None:
             unworked += 1
             continue
-        prompt_ids = encode_prompt(tokenizer, problem.question)
+        prompt = render_prompt(tokenizer, problem.question)
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
         # What the template writes of the completion is the prompt's.
-        completion = problem.completion.removeprefix(prefix)
+        completion = in_style(problem.completion, answer_style(prompt))
+        completion = completion.removeprefix(completion_prefix(prompt))
         completion_ids = [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
         if len(prompt_ids) > config.max_prompt_tokens or len(completion_ids) > config.max_completion_tokens:
             overlong += 1
@@ -147,7 +147,7 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
     """
     with at_the_door():
         source = str(start.checkpoint or config.model)
-        tokenizer = load_tokenizer(source, config.system_prompt)
+        tokenizer = config.load_tokenizer(source)
         load = config.data_arguments()
         problems = load_problems(config.data, "cold_start", limit=config.limit, **load)
         examples, told = encode_examples(problems, tokenizer, config)

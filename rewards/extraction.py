@@ -12,7 +12,7 @@ so that nothing said there is lost.
 
 import re
 
-from prompts import ANSWER_OPEN, parse_completion
+from prompts import ANSWER_OPEN, box_spans, parse_completion
 from rewards.units import changes, denies, doubts, takes_back
 
 # A completion longer than this is cut from the left before the weak places are searched; answers stand at
@@ -30,9 +30,6 @@ _THOUGHT = re.compile(
 )
 _SPECIAL_TOKEN = re.compile(r"<\|[a-z_]{1,30}\|>|</s>")
 _BLOCK_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-_BRACE_OR_BOX = re.compile(
-    r"\\(?:boxed|fbox)\s*+(?:\{|((?:\\(?!boxed|fbox)|[^\s{}$.,;\\])++))|\\.|[{}]", re.DOTALL
-)
 # What touches a box belongs to the number in it: `-\boxed{18}`, `\boxed{18}0`, `$\boxed{18}$ million`.
 _TOUCHING_BEFORE = re.compile(r"(?:[=$(]\s*+[-−]\s*+|[-+−/^]|[0-9][0-9.,]*+)\$?$")
 _TOUCHING_AFTER = re.compile(r"(?:[\^/+−-]|\*(?!\*)|[.,]?[0-9])[^\s$]*+|\$?\s*+(?:\\text\{\s*+)?([A-Za-z]++)")
@@ -82,41 +79,15 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.
 # Boxes and blocks
 
 
-def _box_spans(text: str) -> list[tuple[int, int, str]]:
-    """Start, end and contents of every outermost box, closed or without braces; one pass."""
-    found: list[tuple[int, int, str]] = []
-    open_braces: list[int] = []  # where the box of this brace begins, -1 where it is none
-    boxes_open = inside = 0
-    for match in _BRACE_OR_BOX.finditer(text) if "box" in text else ():
-        token = match.group()
-        if token == "}":
-            start = open_braces.pop() if open_braces else -1
-            if start >= 0:
-                boxes_open -= 1
-                if not boxes_open:
-                    found.append((start, match.end(), text[inside : match.start()]))
-        elif token == "{":
-            open_braces.append(-1)
-        elif match.group(1):
-            if not boxes_open:
-                found.append((*match.span(), match.group(1)))
-        elif len(token) > 2:
-            open_braces.append(match.start())
-            if not boxes_open:
-                inside = match.end()
-            boxes_open += 1
-    return found
-
-
 def boxed(text: str) -> list[str]:
     r"""The contents of every outermost `\boxed{…}` or `\fbox{…}` in order, braces nested to any depth."""
-    return [content for _, _, content in _box_spans(text)]
+    return [content for _, _, content in box_spans(text)]
 
 
 def _boxes_in_place(text: str) -> list[str]:
     """The boxes of a text, each with the sign, digits or word beside it that make another number of it."""
     found = []
-    for start, end, content in _box_spans(text):
+    for start, end, content in box_spans(text):
         before = _TOUCHING_BEFORE.search(text[max(0, start - 20) : start])
         after = _TOUCHING_AFTER.match(text[end : end + MAX_ASIDE_CHARS])
         if after and after.group(1) and not changes(after.group(1)):
@@ -142,7 +113,7 @@ def _split_blocks(text: str) -> tuple[list[str], str]:
 
 def _of_block(block: str) -> list[str]:
     """What a block says: its boxes, where nothing but plain words stands around them, else all of it."""
-    boxes = _box_spans(block)
+    boxes = box_spans(block)
     if not boxes:
         return _claims(block.strip(), is_block=True)
     contents = [content for _, _, content in boxes]

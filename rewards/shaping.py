@@ -18,6 +18,8 @@ from prompts import (
     TAGS,
     THINK_CLOSE,
     THINK_OPEN,
+    AnswerStyle,
+    answer_style,
     completion_prefix,
     parse_completion,
 )
@@ -106,38 +108,40 @@ def _arithmetic(node: Node) -> Fraction:
 # Form
 
 
-def _with_prefix(completions: list[str], prompts: Sequence | None) -> list[str]:
-    """Completions with the `<think>` that the template wrote, where a caller left it in the prompt."""
-    if prompts is None:
-        return completions
-    prefixes = [completion_prefix(prompt) if isinstance(prompt, str) else "" for prompt in prompts]
-    return [c if c.lstrip().startswith(p) else p + c for c, p in zip(completions, prefixes, strict=True)]
+def _as_asked(completions: list[str], prompts: Sequence | None) -> list[tuple[str, AnswerStyle]]:
+    """Completions with the `<think>` that the template wrote, where a caller left it in the prompt; and how
+    the prompt asks for the answer.
+    """
+    told = [prompt if isinstance(prompt, str) else "" for prompt in prompts or [""] * len(completions)]
+    read = []
+    for text, prompt in zip(completions, told, strict=True):
+        prefix = completion_prefix(prompt)
+        read.append((text if text.lstrip().startswith(prefix) else prefix + text, answer_style(prompt)))
+    return read
 
 
 def format_binary(completions: list[str], prompts: Sequence | None = None) -> list[float]:
     """1 for one thought and then one answer and nothing else; repeated, nested or misplaced tags earn 0."""
-    return [float(parse_completion(text).well_formed) for text in _with_prefix(completions, prompts)]
+    return [float(parse_completion(*read).well_formed) for read in _as_asked(completions, prompts)]
 
 
 def format_graded(completions: list[str], prompts: Sequence | None = None) -> list[float]:
-    """0, 0.25 (a closed thought), 0.5 (an answer after it,
-    with stray text) or 1 (well formed): a slope to climb.
+    """0, 0.25 (a closed thought), 0.5 (an answer after it, with stray text) or 1 (well formed): a slope to
+    climb.
     """
-    return [_format_grade(text) for text in _with_prefix(completions, prompts)]
+    return [_format_grade(*read) for read in _as_asked(completions, prompts)]
 
 
-def _format_grade(text: str) -> float:
-    parsed = parse_completion(text)
+def _format_grade(text: str, style: AnswerStyle) -> float:
+    parsed = parse_completion(text, style)
     if parsed.well_formed:
         return 1.0
     counts = [text.count(tag) for tag in TAGS]
     opened, closed = text.find(THINK_OPEN), text.find(THINK_CLOSE)
     if counts[:2] != [1, 1] or opened > closed or not (parsed.thought or "").strip():
         return 0.0
-    answered = (
-        counts[2:] == [1, 1] and closed < text.find(ANSWER_OPEN) < text.find(ANSWER_CLOSE) and parsed.answer
-    )
-    return 0.5 if answered else 0.25
+    in_order = counts[2:] == [1, 1] and closed < text.find(ANSWER_OPEN) < text.find(ANSWER_CLOSE)
+    return 0.5 if parsed.answer and (in_order or style == "boxed") else 0.25
 
 
 def steps(completions: list[str], *, wanted: int = 3) -> list[float]:

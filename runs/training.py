@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from models import Quantization, add_adapter, checkpoint_activations, load_model
 from optimizers import OptimizerName
+from prompts import AnswerStyle
 from runs.config import require
 from tiny import is_tiny
-from tokenizer import ADAPTER
+from tokenizer import ADAPTER, asking, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,13 @@ class TrainingConfig:
     """Problems with a longer prompt are left out, and counted."""
     system_prompt: str | None = None
     """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
+    answer_style: AnswerStyle | None = None
+    """Which of our system prompts asks: tags for `<answer>…</answer>`, boxed for LaTeX's box, which models
+    for mathematics know. If not given: as the model's folder does, and tags where it does not."""
+    plain_template: bool = False
+    """Ask in R1-Zero's plain `User: … Assistant: `: for base models whose tokenizer has a chat template."""
+    prefill_think: bool | None = None
+    """Begin every completion with `<think>`, which the model then need not find."""
 
     lora_rank: int = 0
     """Above 0: LoRA adapters of this rank learn, and the weights stay as they are."""
@@ -125,6 +133,10 @@ class TrainingConfig:
         for name, off in of_adapter.items():
             if not self.lora_rank and getattr(self, name) != off:
                 raise ValueError(f"{name} needs adapters, got lora_rank 0; give --lora_rank 16")
+
+    def load_tokenizer(self, source: str) -> Any:
+        """The tokenizer of `model` or of a checkpoint, which asks as it is told to here."""
+        return load_tokenizer(source, **asking(self))
 
     def load_model(self, source: str) -> Any:
         """The model to train, from `model` or a checkpoint of it."""

@@ -214,6 +214,14 @@ def test_a_thought_that_the_template_opened_belongs_to_the_completion():
     assert judged.tokens == len("t</think><answer>7</answer>") + 1  # the prefix was not sampled
 
 
+def test_an_answer_has_the_form_that_its_prompt_asks_for():
+    problem = Problem(r"3 + 4 = ? Put it in \boxed{}.", "7")
+    engine = ScriptedGroups([[r"<think>t</think>\boxed{7}", GOOD]])
+    [judged] = hold_exam(engine, ByteTokenizer(), [problem], SamplingParams(), 2)
+    assert [answer.well_formed for answer in judged] == [True, False]
+    assert [answer.correct for answer in judged] == [True, True]
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_processes_share_an_exam_and_all_learn_its_figures(monkeypatch, processes):
     script, params = [texts[:1] for texts in SCRIPT], SamplingParams(temperature=0.0)

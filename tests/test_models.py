@@ -129,16 +129,19 @@ def test_a_tokenizer_that_never_stops_is_refused(llama_folder, tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_template_that_refuses_a_system_message_is_told(llama_folder, tmp_path):
+def test_a_template_that_refuses_a_system_message_asks_before_the_question(llama_folder, tmp_path):
     copy_with(llama_folder, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         "{{ messages[0].content }}"
     )
-    with pytest.raises(ValueError, match="System role not supported; give an empty system_prompt"):
-        load_tokenizer(str(tmp_path))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert prompts.render_prompt(tokenizer, "3 + 4 = ?") == f"{prompts.SYSTEM_PROMPT}\n\n3 + 4 = ?"
     tokenizer = load_tokenizer(str(tmp_path), system_prompt="")
     assert prompts.render_prompt(tokenizer, "3 + 4 = ?") == "3 + 4 = ?"
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('Not like this') }}")
+    with pytest.raises(ValueError, match=r"^model '.*' cannot be asked: .*Not like this"):
+        load_tokenizer(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -90,6 +90,84 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one(tokenizer):
     assert rendered == "think\n\nUser: a\nAssistant: b<|im_end|>\nUser: c\nAssistant: "
 
 
+def test_a_plain_template_takes_the_place_of_the_tokenizers_own(tokenizer):
+    prepare_tokenizer(tokenizer, "think", plain_template=True)
+    assert render_prompt(tokenizer, "how many?") == "think\n\nUser: how many?\nAssistant: "
+    prepare_tokenizer(tokenizer)
+    prepare_tokenizer(tokenizer, plain_template=True)
+    assert render_prompt(tokenizer, "how many?") == "think\n\nUser: how many?\nAssistant: "
+
+
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+FORGETS = "{% set messages = messages | selectattr('role', 'ne', 'system') | list %}"
+
+
+@pytest.mark.parametrize("without_system", [REFUSES, FORGETS])
+def test_a_template_without_system_messages_asks_before_the_first_question(tokenizer, without_system):
+    tokenizer.chat_template = without_system + tokenizer.chat_template
+    prepare_tokenizer(tokenizer, "think")
+    first = "<|im_start|>user\nthink\n\na<|im_end|>\n"
+    turns = [("user", "a"), ("assistant", "b"), ("user", "how many?")]
+    rendered = render_prompt(tokenizer, [{"role": role, "content": text} for role, text in turns])
+    assert rendered == first + "<|im_start|>assistant\nb<|im_end|>\n" + ASKED
+    once = tokenizer.chat_template
+    prepare_tokenizer(tokenizer)
+    assert tokenizer.chat_template == once
+    prepare_tokenizer(tokenizer, "")
+    assert render_prompt(tokenizer, "how many?") == ASKED
+
+
+def test_a_template_that_takes_no_system_prompt_at_all_is_refused(tokenizer):
+    tokenizer.chat_template = "always the same"
+    with pytest.raises(ValueError, match="leaves the system prompt out; give an empty system_prompt"):
+        prepare_tokenizer(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('not like this') }}"
+    with pytest.raises(ValueError, match="not like this"):
+        prepare_tokenizer(tokenizer)
+
+
+def test_a_template_that_tells_the_date_asks_the_same_every_day(tokenizer):
+    tokenizer.chat_template = "{{- 'Today: ' + strftime_now( '%d %b %Y' ) }}\n" + tokenizer.chat_template
+    assert "26 Jul 2024" not in render_prompt(tokenizer, "how many?")
+    prepare_tokenizer(tokenizer, "think")
+    assert render_prompt(tokenizer, "how many?").startswith("Today: 26 Jul 2024")
+
+
+def test_a_thought_is_opened_once_kept_and_left_alone_again(tokenizer):
+    prepare_tokenizer(tokenizer, "think", prefill_think=True)
+    for prefill in (None, True):
+        prepare_tokenizer(tokenizer, prefill_think=prefill)
+        assert render_prompt(tokenizer, "how many?") == system("think") + ASKED + "<think>"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert "<think>" not in tokenizer.apply_chat_template(turns, tokenize=False)
+    prepare_tokenizer(tokenizer, "other")
+    assert render_prompt(tokenizer, "how many?") == system("other") + ASKED + "<think>"
+    prepare_tokenizer(tokenizer, prefill_think=False)
+    assert render_prompt(tokenizer, "how many?") == system("other") + ASKED
+    # One that opens it itself, as R1's distilled models do.
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    prepare_tokenizer(tokenizer, prefill_think=True)
+    assert render_prompt(tokenizer, "how many?") == system("other") + ASKED + "<think>\n"
+
+
+def test_the_style_of_the_answer_is_asked_for_and_read_from_the_prompt(tokenizer):
+    for style in ("tags", "boxed", "tags"):
+        prepare_tokenizer(tokenizer, answer_style=style)
+        prompt = render_prompt(tokenizer, "how many?")
+        assert prompt == system(prompts.SYSTEM_PROMPTS[style]) + ASKED
+        assert prompts.answer_style(prompt) == style
+    prepare_tokenizer(tokenizer, answer_style="boxed")
+    prepare_tokenizer(tokenizer)  # None keeps it
+    assert prompts.answer_style(render_prompt(tokenizer, "how many?")) == "boxed"
+    with pytest.raises(ValueError, match=r"answer_style 'boxed' .* system_prompt"):
+        prepare_tokenizer(tokenizer, "my own", answer_style="boxed")
+    # In the user's words, and with a box in a question.
+    prepare_tokenizer(tokenizer, "Put the answer in \\boxed{}.")
+    assert prompts.answer_style(render_prompt(tokenizer, "how many?")) == "boxed"
+    prepare_tokenizer(tokenizer, answer_style="tags")
+    assert prompts.answer_style(render_prompt(tokenizer, "what is in \\boxed{4}?")) == "tags"
+
+
 def test_of_several_templates_the_default_is_prepared(tokenizer):
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "tools"}
     prepare_tokenizer(tokenizer, "think")
@@ -216,6 +294,35 @@ def test_parse_table(text, thought, answer_text, answer, thought_open, well_form
 
 
 @pytest.mark.parametrize(
+    ("text", "answer", "well_formed"),
+    [
+        (r"<think>t</think>\boxed{4}", "4", True),
+        (r"<think>t</think>\boxed{ \frac{1}{2} }", r"\frac{1}{2}", True),
+        ("<think>t</think>\n\nThe answer is $\\boxed{4}$.\n", "4", True),
+        (r"<think>t</think>\[ \boxed{4} \]", "4", True),
+        (r"<think>t \boxed{3}</think>\boxed{4}", "4", True),
+        (r"<think>t</think>\boxed{3}\boxed{4}", "4", False),
+        (r"<think>t</think>\boxed{4} apples", "4", False),
+        (r"<think>t</think>\boxed{4}, no", "4", False),
+        (r"<think>t</think>\boxed{ }", "", False),
+        (r"<think>t</think>\boxed{4", None, False),
+        (r"<think>t</think>4", None, False),
+        (r"<think>t \boxed{4}</think>", None, False),
+        (r"<think>t \boxed{4}", None, False),
+        (r"\boxed{4}", "4", False),
+        (r"<think> </think>\boxed{4}", "4", False),
+        (r"x<think>t</think>\boxed{4}", "4", False),
+        (r"<think>t</think><answer>4</answer>", None, False),
+        (r"<think>t</think><answer>\boxed{4}</answer>", "4", False),
+    ],
+)
+def test_parse_table_of_boxes(text, answer, well_formed):
+    parsed = parse_completion(text, "boxed")
+    assert (parsed.answer, parsed.well_formed) == (answer, well_formed)
+
+
+@pytest.mark.parametrize("style", ["tags", "boxed"])
+@pytest.mark.parametrize(
     "text",
     [
         *(tag * (1_000_000 // len(tag)) for tag in prompts.TAGS),
@@ -227,12 +334,14 @@ def test_parse_table(text, thought, answer_text, answer, thought_open, well_form
         "<" * 1_000_000,
         "</think" * 140_000,
         " " * 1_000_000,
+        "<think>t</think>" + r"\boxed{" * 140_000,
+        r"<think>t</think>\boxed{4}" + "$." * 500_000 + "x",
     ],
     ids=lambda text: text[:20].strip() or "spaces",
 )
-def test_a_megabyte_of_tags_is_read_in_linear_time(text):
+def test_a_megabyte_of_tags_is_read_in_linear_time(text, style):
     began = time.process_time()
-    parse_completion(text)
+    parse_completion(text, style)
     # It takes 0.1 s; a search that starts again at every tag takes hours.
     assert time.process_time() - began < 2.0
 
@@ -249,6 +358,19 @@ def test_what_was_formatted_is_read_back(thought, answer):
     assert not parsed.thought_open
     has_answer_tags = prompts.ANSWER_OPEN in thought or prompts.ANSWER_CLOSE in thought
     assert parsed.well_formed == bool(thought.strip() and answer.strip() and not has_answer_tags)
+
+
+@given(without(*prompts.TAGS), st.text(alphabet="-0123456789a/.,^ "))
+def test_a_worked_completion_comes_in_the_style_that_is_asked_for(thought, answer):
+    tags, boxed = (prompts.format_completion(thought, answer.strip(), style) for style in ("tags", "boxed"))
+    if thought.strip() and answer.strip():
+        for text in (tags, boxed):
+            assert prompts.in_style(text, "tags") == tags
+            assert prompts.in_style(text, "boxed") == boxed
+            assert parse_completion(prompts.in_style(text, "boxed"), "boxed").answer == answer.strip()
+    else:
+        assert prompts.in_style(tags, "boxed") == tags
+    assert prompts.in_style("whatever else", "boxed") == "whatever else"
 
 
 @given(st.lists(st.sampled_from([*prompts.TAGS, "1", " ", "\n", "x"]), max_size=12).map("".join))

@@ -71,6 +71,21 @@ def test_scores_come_back_to_their_groups_whatever_ends_first(functions, opens_t
     assert [group.scores.total for group in groups] == [[11 * p + 1, 11 * p + 2] for p in range(3)]
 
 
+def test_a_rollout_counts_the_form_that_its_prompts_ask_for():
+    questions = [r"Answer in \boxed{}.", "?"]
+    texts = [r"<think>t</think>\boxed{7}", "<think>t</think><answer>7</answer>"]
+    engine = SimpleNamespace(
+        generate=lambda prompts, n, params, seed, first, take: [
+            take(p, s, Completion([*texts[s].encode(), 256], [], "stop")) for p in range(2) for s in range(2)
+        ]
+    )
+    with Scorer(parse_rewards({"format": 1.0})) as scorer:
+        problems = [Problem(question, "7") for question in questions]
+        groups = roll_out(engine, Tokenizer(), problems, scorer, CONFIG, step=4, first_prompt=0)
+    assert [group.scores.total for group in groups] == [[1, 0], [0, 1]]
+    assert count(groups)["well_formed"] == 2
+
+
 def test_a_group_is_handed_in_while_others_still_generate():
     handed_in, seen = [], []
     scorer = SimpleNamespace(

@@ -31,7 +31,7 @@ ROOMS = {
     "updates": ["batches", "losses", "optimizers", "rollouts"],
     "runs": ["models", "runs.*"],
     "runs.config": [],
-    "runs.training": ["models", "optimizers", "runs.config", "tiny", "tokenizer"],
+    "runs.training": ["models", "optimizers", "prompts", "runs.config", "tiny", "tokenizer"],
     "runs.loop": ["memory", "runs.folder", "runs.signals"],
     # Engines: tokens in, tokens out.
     "inference": [],
@@ -47,7 +47,7 @@ ROOMS = {
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
         *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "prompts"],
-        *["inference.*", "runs.*", "tiny", "tokenizer"],
+        *["inference.*", "runs.*", "tiny"],
     ],
     "train_grpo": [
         *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "prompts"],

@@ -51,6 +51,15 @@ def test_a_thought_that_the_template_opens_is_not_opened_again():
         assert text.endswith("<think>1 + 1 = 2</think><answer>2</answer><|end|>")
 
 
+def test_examples_answer_in_the_style_that_their_prompt_asks_for():
+    problem = Problem("1 + 1 = ?", "2", "<think>1 + 1 = 2</think><answer>2</answer>")
+    config = SFTConfig(answer_style="boxed", prefill_think=True)
+    tokenizer = config.load_tokenizer("tiny")
+    (example,), _ = encode_examples([problem], tokenizer, config)
+    assert tokenizer.decode(example.prompt_ids).endswith("1 + 1 = ?<|end|><|assistant|><think>")
+    assert tokenizer.decode(example.completion_ids) == "1 + 1 = 2</think>\\boxed{2}<|end|>"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Learning
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from prompts import format_completion
+from prompts import SYSTEM_PROMPTS, format_completion
 from rewards import shaping
 
 GOOD = format_completion("Two and two.", "4")
@@ -43,6 +43,17 @@ def test_format_knows_of_a_think_tag_that_the_template_wrote():
     assert shaping.format_binary([rest], prompts=["… Assistant:"]) == [0]
     assert shaping.format_graded([rest], prompts=["<think>"]) == [1]
     assert shaping.format_binary([GOOD], prompts=[[{"role": "user", "content": "2+2?"}]]) == [1]
+
+
+def test_the_form_is_the_one_that_the_prompt_asks_for():
+    boxed = format_completion("Two and two.", "4", "boxed")
+    asked = {style: f"{prompt}\n2+2?\nAssistant: " for style, prompt in SYSTEM_PROMPTS.items()}
+    for reward in (shaping.format_binary, shaping.format_graded):
+        rows = [(GOOD, "tags"), (boxed, "tags"), (GOOD, "boxed"), (boxed, "boxed")]
+        earned = reward([text for text, _ in rows], prompts=[asked[style] for _, style in rows])
+        assert [value == 1 for value in earned] == [True, False, False, True]
+    for text, grade in ((boxed + " apples", 0.5), ("<think>t</think>4", 0.25), ("<think>t", 0.0)):
+        assert shaping.format_graded([text], prompts=[asked["boxed"]]) == [grade]
 
 
 def test_correct_is_zero_for_undecided_and_none_without_gold():
