@@ -51,9 +51,13 @@ def project(attention: nn.Module, read: Tensor, cos: Tensor, sin: Tensor) -> tup
     value = attention.v_proj(read).view(key.shape)
     if hasattr(attention, "q_norm"):  # Qwen3
         query, key = attention.q_norm(query), attention.k_norm(key)
-    turned = torch.cat([query, key], 1)
-    turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
+    turned = turn(torch.cat([query, key], 1), cos, sin)
     return *turned.split([query.shape[1], key.shape[1]], 1), value
+
+
+def turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads `[..., D]` rotated by angles as those of `angles`; `-sin` turns back."""
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
 
 def norm(module: nn.Module, states: Tensor) -> Tensor:

@@ -6,30 +6,53 @@ A decoder holds the rows that decode together. `admit` begins rows, `advance` fe
 computes; tests hold them to it.
 """
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from inference.kv_cache import SlotCache
-from llama import angles, is_llama, project, without_adapter
+from inference.kv_cache import SlotCache, WindowCache
+from llama import LLAMA_FAMILY, angles, is_llama, project, turn, without_adapter
 
 # Prompt positions that go through the model at once.
 PREFILL_TOKENS = 16_384
 
 
-def make_decoder(model: nn.Module, slots: int, positions: int) -> "LlamaDecoder | LibraryDecoder":
+def make_decoder(
+    model: nn.Module, slots: int, positions: int, sinks: int | None = None
+) -> "LlamaDecoder | LibraryDecoder":
     """The fastest decoder that computes what the model does.
 
     Args:
         model: a causal language model.
         slots: rows that decode together at most.
         positions: prompt and completion tokens of a row at most.
+        sinks: where given, texts may be longer, and `positions` is what stays of them: so many from the
+            beginning, and the newest. The model has passed `check_window`.
     """
     inner = without_adapter(model)
+    if sinks is not None:
+        return WindowDecoder(inner, slots, positions, sinks)
     is_lean = is_llama(inner, positions)
     return LlamaDecoder(inner, slots, positions) if is_lean else LibraryDecoder(model, slots)
+
+
+def check_window(model: nn.Module, window: int, sinks: int) -> None:
+    """Refuse a window that holds nothing, and one for a model that cannot decode within it.
+
+    Raises:
+        ValueError: says which.
+    """
+    if window < 1 or sinks < 0:
+        raise ValueError(f"window must be >= 1 and sinks >= 0, got {window} and {sinks}")
+    inner = without_adapter(model)
+    if not is_llama(inner, sys.maxsize):
+        raise ValueError(
+            f"window must be None for this model ({inner.config.model_type}), got {window}: it is for "
+            f"{', '.join(LLAMA_FAMILY)}, without a sliding window of their own"
+        )
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -85,20 +108,28 @@ class LlamaDecoder:
         lengths, times = mask.sum(-1), torch.tensor(copies, device=device)
         keys = [layer.keys for layer in cache.layers]
         if self.cache is None:
-            slots, heads = self.slots, keys[0].shape[1]
-            self.cache = SlotCache(len(keys), slots, heads, self.positions, keys[0])
-            places = torch.arange(self.positions, device=device)
-            self.cos, self.sin = angles(model.model, output.last_hidden_state, places)
+            self._reserve(keys, output.last_hidden_state)
         self.cache.admit(keys, [layer.values for layer in cache.layers], lengths, times)
         last = output.last_hidden_state[torch.arange(len(prompts), device=device), lengths - 1]
         return model.lm_head(last).repeat_interleave(times, 0)
+
+    def _reserve(self, keys: Sequence[Tensor], states: Tensor) -> None:
+        self.cache = SlotCache(len(keys), self.slots, keys[0].shape[1], self.positions, keys[0])
+        places = torch.arange(self.positions, device=states.device)
+        self.cos, self.sin = angles(self.model.model, states, places)
+
+    def _angles(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos[at], self.sin[at]
+
+    def _scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        """`[rows, key heads, queries of each, positions]`."""
+        return query @ keys.mT
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
         """Feed one token `[rows]` to every row. Returns the logits of the next."""
         decoder, cache, rows = self.model.model, self.cache, len(tokens)
-        at = cache.lengths[:rows]
-        cos, sin = self.cos[at], self.sin[at]
+        cos, sin = self._angles(cache.lengths[:rows])
         places, longest, hidden = cache.extend()
         states = decoder.embed_tokens(tokens)
         for number, layer in enumerate(decoder.layers):
@@ -107,7 +138,7 @@ class LlamaDecoder:
             keys, values = cache.append(number, key, value, places, longest)
             # The query heads that share a key head stand side by side: [rows, key heads, queries of each, D].
             query = (query * attention.scaling).reshape(rows, keys.shape[1], -1, attention.head_dim)
-            scores = query @ keys.mT
+            scores = self._scores(query, keys)
             if hidden is not None:
                 scores += hidden
             mixed = scores.softmax(-1) @ values
@@ -119,6 +150,50 @@ class LlamaDecoder:
     def leave(self, done: Tensor) -> Tensor:
         """Let rows `[rows]` go; see `SlotCache.leave`."""
         return self.cache.leave(done)
+
+
+class WindowDecoder(LlamaDecoder):
+    """Decodes within a window over a `WindowCache`: memory is bounded, the text is not.
+
+    Positions are those inside the cache, as in StreamingLLM. Rotary attention knows differences alone, and
+    between the newest position and the window's these are the same wherever counting begins. So nothing that
+    is cached is turned again: the query is turned back for the sinks, to where it stands behind them.
+
+    Prompts are read whole. Source: arXiv 2309.17453, section 3.2.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, positions: int, sinks: int) -> None:
+        """See `make_decoder`."""
+        super().__init__(model, slots, positions)
+        self.sinks = sinks
+
+    def _reserve(self, keys: Sequence[Tensor], states: Tensor) -> None:
+        sizes = (len(keys), self.slots, keys[0].shape[1], self.positions)
+        self.cache = WindowCache(self.sinks, *sizes, keys[0])
+        self.like = states.new_empty(0)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """As `LlamaDecoder.advance`."""
+        self.back = self._way_back(self.cache.lengths[: len(tokens)])
+        return super().advance(tokens)
+
+    def _angles(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        return angles(self.model.model, self.like, at)
+
+    def _way_back(self, at: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What turns queries to the end of the cache; None where all still stand before it."""
+        beyond = (at - self.positions + 1).clamp(min=0)
+        if not beyond.any():
+            return None
+        cos, sin = self._angles(beyond)
+        scale = self.model.model.rotary_emb.attention_scaling  # YaRN's, which is in the query already
+        return cos[:, None] / scale, -sin[:, None] / scale
+
+    def _scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        scores = super()._scores(query, keys)
+        if self.back:
+            scores[..., : self.sinks] = turn(query, *self.back) @ keys[:, :, : self.sinks].mT
+        return scores
 
 
 class LibraryDecoder:

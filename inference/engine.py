@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from inference import Completion, SamplingParams, StreamedToken
-from inference.decoders import make_decoder
+from inference.decoders import check_window, make_decoder
 from inference.sampling import choose
 from memory import free_memory, is_out_of_memory, release_memory
 
@@ -86,6 +86,8 @@ class TorchEngine:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         max_cache_tokens: int | None = None,
+        window: int | None = None,
+        sinks: int = 4,
     ) -> None:
         """Wrap a model.
 
@@ -94,7 +96,16 @@ class TorchEngine:
             tokenizer: tells, with the model's generation config, the tokens that end a completion.
             max_cache_tokens: cache positions, rows x (longest prompt + completion limit), at most; None takes
                 half of the memory that is free when sampling first begins.
+            window: keep this many of the newest positions in the cache and the `sinks`, for chains far beyond
+                it: memory does not grow with the text. None keeps all. For the Llama family.
+            sinks: first positions that stay beside the window.
+
+        Raises:
+            ValueError: see `check_window`.
         """
+        if window is not None:
+            check_window(model, window, sinks)
+        self.window, self.sinks = window, sinks
         self.model = model
         self.max_cache_tokens = max_cache_tokens
         self.max_rows = MAX_ROWS  # halved where memory runs out
@@ -186,17 +197,20 @@ class TorchEngine:
 
     def _make_decoder(self, prompts: Sequence[Sequence[int]], n: int, limit: int) -> tuple[Any, int]:
         """A decoder with as many slots as fit, and how many these are."""
-        positions = max(len(prompt) for prompt in prompts) + limit
+        longest = max(len(prompt) for prompt in prompts)
+        positions, sinks, remedy = longest + limit, None, "max_completion_tokens or shorter prompts"
+        if self.window is not None and positions > self.sinks + self.window:
+            positions, sinks, remedy = self.sinks + self.window, self.sinks, "window"
         if self.max_cache_tokens is None:
             self.max_cache_tokens = free_memory(self.model.device) // 2 // cache_bytes(self.model)
         most = self.max_cache_tokens
         if positions > most:
             raise ValueError(
-                f"a prompt of {positions - limit} tokens and a completion of {limit} need {positions} cache "
-                f"positions, and memory has {most}; give a smaller max_completion_tokens or shorter prompts"
+                f"a prompt of {longest} tokens and a completion of {limit} need {positions} cache "
+                f"positions, and memory has {most}; give a smaller {remedy}"
             )
         slots = min(len(prompts) * n, self.max_rows, most // positions)
-        return make_decoder(self.model, slots, positions), slots
+        return make_decoder(self.model, slots, positions, sinks), slots
 
     def _decode(
         self,

@@ -69,16 +69,24 @@ class SlotCache:
         slots, heads, positions = self.block.shape[2:5]
         lengths = self.lengths[: self.live]
         rows = torch.arange(self.live * heads, device=lengths.device) * positions
-        places = rows + lengths.repeat_interleave(heads)
+        places = rows + self._place(lengths).repeat_interleave(heads)
         places = torch.cat([places, places + slots * heads * positions])
         lengths += 1
-        shortest, longest = lengths.aminmax()
+        shortest, longest = self._filled(lengths).aminmax()
         self._reach(int(longest))
         if shortest == longest:
             return places, int(longest), None
         unfilled = torch.arange(int(longest), device=lengths.device) >= lengths[:, None]
         hidden = torch.zeros(unfilled.shape, dtype=self.block.dtype, device=lengths.device)
         return places, int(longest), hidden.masked_fill_(unfilled, -torch.inf)[:, None, None]
+
+    def _place(self, position: Tensor) -> Tensor:
+        """Where a position stands in its slot."""
+        return position
+
+    def _filled(self, lengths: Tensor) -> Tensor:
+        """How many places of a slot hold something."""
+        return lengths
 
     def append(
         self, layer: int, key: Tensor, value: Tensor, places: Tensor, longest: int
@@ -109,3 +117,38 @@ class SlotCache:
             order[holes] = movers
         self.live = staying
         return order[:staying]
+
+
+class WindowCache(SlotCache):
+    """Keeps of every row the first positions, the attention sinks, and the newest, the window.
+
+    The window is a ring, in which the newest position takes the place of the oldest. Keys stay turned to the
+    positions that they were read at, which `lengths` goes on counting.
+
+    Source: StreamingLLM, arXiv 2309.17453.
+    """
+
+    def __init__(self, sinks: int, layers: int, slots: int, heads: int, positions: int, like: Tensor) -> None:
+        """Reserve `positions` for `sinks` and the window together; the others as for `SlotCache`."""
+        super().__init__(layers, slots, heads, positions, like)
+        self.sinks, self.window = sinks, positions - sinks
+
+    def admit(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Tensor, copies: Tensor
+    ) -> None:
+        """As `SlotCache.admit`; of longer prompts, what the window would hold had they been read in it."""
+        places = torch.arange(min(keys[0].shape[2], self.sinks + self.window), device=lengths.device)
+        rounds = (lengths[:, None] - 1 - places).div(self.window, rounding_mode="floor")
+        newest = (places + rounds * self.window).clamp(min=0)
+        # [P, 1, places, 1]: the position that each place holds.
+        held = torch.where(places < self.sinks, places, newest)[:, None, :, None]
+        kept = [[part.take_along_dim(held, 2) for part in parts] for parts in (keys, values)]
+        super().admit(*kept, lengths, copies)
+
+    def _place(self, position: Tensor) -> Tensor:
+        return torch.where(
+            position < self.sinks, position, self.sinks + (position - self.sinks) % self.window
+        )
+
+    def _filled(self, lengths: Tensor) -> Tensor:
+        return lengths.clamp(max=self.sinks + self.window)
