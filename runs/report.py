@@ -70,13 +70,18 @@ PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run's folder, from whatever of the run is there.
+    """Write the report of a run into its folder; returns its path."""
+    path = folder / "report.html"
+    # A lone surrogate, which JSON can carry, has no UTF-8.
+    path.write_bytes(report_page(folder).encode("utf-8", "replace"))
+    return path
+
+
+def report_page(folder: Path) -> str:
+    """The report of a run, finished or not, from whatever of it is there.
 
     Args:
         folder: the run's; missing files and values that are not finite are left out, and counted.
-
-    Returns:
-        The report's path.
     """
     config = _read_yaml(folder / "config.yaml")
     environment = _read_json(folder / "environment.json")
@@ -89,7 +94,7 @@ def write_report(folder: Path) -> Path:
     facts += [f"seed {config['seed']}"] if "seed" in config else []
     facts += [f"from {config['model']}"] if "model" in config else []
     broken = broken_metrics + broken_evaluations
-    page = PAGE.substitute(
+    return PAGE.substitute(
         title=_text(name),
         facts=" · ".join(_text(fact) for fact in facts),
         tiles=_tiles(config, metrics, evaluations),
@@ -98,10 +103,6 @@ def write_report(folder: Path) -> Path:
         rollouts=_rollouts(folder / "rollouts.jsonl"),
         tables=_tables(config, environment),
     )
-    path = folder / "report.html"
-    # A lone surrogate, which JSON can carry, has no UTF-8.
-    path.write_bytes(page.encode("utf-8", "replace"))
-    return path
 
 
 def _warnings(broken: int, rows: Sequence[dict[str, Any]]) -> str:
