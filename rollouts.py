@@ -4,7 +4,7 @@ rewards, laid out as tensors, and told in numbers and lines.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from statistics import fmean, pstdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -247,7 +247,7 @@ def count(groups: Sequence[Group]) -> dict[str, Any]:
             parts.setdefault(name, []).extend(value for value in values if value is not None)
     return {
         "rows": len(totals),
-        "reward": sum(totals),
+        "totals": totals,
         "correct": sum(bool(correct) for group in groups for correct in group.scores.correct),
         "undecided": sum(undecided for group in groups for undecided in group.scores.undecided),
         "well_formed": sum(
@@ -258,21 +258,24 @@ def count(groups: Sequence[Group]) -> dict[str, Any]:
         "truncated": sum(c.finish_reason == "length" for group in groups for c in group.completions),
         "groups": len(groups),
         "same": sum(not group.has_signal for group in groups),
-        "parts": {name: (sum(values), len(values)) for name, values in parts.items()},
+        "parts": parts,
         "logged": [group.scores.metrics for group in groups],
     }
 
 
 def rollout_metrics(counts: list[dict[str, Any]]) -> dict[str, float]:
-    """The rollout's metrics from every process' count; shares are in [0, 1], `rewards/...` unweighted means,
-    `logged/...` those of what reward functions logged.
+    """The rollout's metrics from every process' count; shares are in [0, 1].
+
+    `rewards/NAME` is the unweighted mean of a reward over the completions that it applies to; beside it and
+    beside `train/reward` stand `/min`, `/max` and `/std`. `logged/...` are the means of what reward functions
+    logged.
     """
 
     def total(name: str) -> float:
         return sum(count[name] for count in counts)
 
     metrics = {
-        "train/reward": total("reward") / total("rows"),
+        **spread("train/reward", [value for count in counts for value in count["totals"]]),
         "train/accuracy": total("correct") / total("rows"),
         "train/format_rate": total("well_formed") / total("rows"),
         "rewards/undecided_fraction": total("undecided") / total("rows"),
@@ -283,13 +286,19 @@ def rollout_metrics(counts: list[dict[str, Any]]) -> dict[str, float]:
         "rollout/zero_variance_groups": total("same") / total("groups"),
     }
     for name in counts[0]["parts"]:
-        sums, sizes = zip(*(count["parts"][name] for count in counts), strict=True)
-        metrics[f"rewards/{name}"] = sum(sums) / sum(sizes) if sum(sizes) else 0.0
+        values = [value for count in counts for value in count["parts"][name]]
+        metrics |= spread(f"rewards/{name}", values) if values else {f"rewards/{name}": 0.0}
     logged: dict[str, list[float]] = {}
     for of_group in (of_group for count in counts for of_group in count["logged"]):
         for name, values in of_group.items():
             logged.setdefault(name, []).extend(values)
     return metrics | {f"logged/{name}": fmean(values) for name, values in logged.items()}
+
+
+def spread(key: str, values: Sequence[float]) -> dict[str, float]:
+    """Metrics of a reward: its mean under `key`, and its least, greatest and (population's) deviation."""
+    figures = {"min": min(values), "max": max(values), "std": pstdev(values)}
+    return {key: fmean(values)} | {f"{key}/{name}": value for name, value in figures.items()}
 
 
 def rollout_rows(groups: Sequence[Group], batch: RolloutBatch, step: int) -> list[dict[str, Any]]:

@@ -241,10 +241,13 @@ def _charts(metrics: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
     parts = {
         key: key.removeprefix("rewards/")
         for key in logged
-        if key.startswith("rewards/") and key != "rewards/undecided_fraction"
+        if key.startswith("rewards/") and not key.endswith(("/undecided_fraction", *SPREAD))
     }
-    panels = [*PANELS[:2], ("Reward by part, unweighted", False, parts), *PANELS[2:]]
+    stds = {f"{key}/std": label for key, label in parts.items()}
+    of_parts = ("Reward by part, unweighted", False, parts), ("Standard deviation of rewards", False, stds)
+    panels = [*PANELS[:2], *of_parts, *PANELS[2:]]
     shown = {"train/accuracy"}.union(*(keys for _, _, keys in panels))
+    shown |= {key for key in logged if key.endswith(SPREAD)}
     panels += [
         (_headline(key), key.endswith("fraction"), {key: key.partition("/")[0]})
         for key in logged
@@ -268,6 +271,7 @@ def _headline(key: str) -> str:
     return key.rpartition("/")[2].replace("_", " ").capitalize()
 
 
+SPREAD = ("/min", "/max", "/std")  # of a reward: the last has a chart, the others say little over steps
 LARGE, SMALL = (480, 240), (310, 170)  # in the pixels that they take on a wide screen
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 24  # what axis labels need around a chart
 

@@ -188,6 +188,19 @@ def test_every_metric_is_in_a_chart_known_or_not(folder):
     ]
 
 
+def test_the_spread_of_rewards_is_one_chart(folder):
+    spread = {"min": 0.0, "max": 1.0, "std": 0.5}
+    names = ("train/reward", "rewards/correct", "rewards/my.py:new/old")
+    extra = {f"{name}/{figure}": value for name in names for figure, value in spread.items()}
+    extra["rewards/my.py:new/old"] = 1.0
+    jsonl(folder / "metrics.jsonl", [metrics_row(step, **extra) for step in range(1, 61)])
+    page = Page(write_report(folder))
+    assert page.charts[3:5] == ["Reward by part, unweighted", "Standard deviation of rewards"]
+    assert not [title for title in page.charts if title in ("Min", "Max", "Std")]
+    chart = page.source.partition("<h3>Standard deviation of rewards</h3>")[2].partition("</figure>")[0]
+    assert re.findall(r"</i>([^<]*)<b>([^<]*)</b>", chart) == [("correct", "0.5"), ("my.py:new/old", "0.5")]
+
+
 def test_known_metrics_are_logged_by_the_scripts():
     source = "".join(Path(runs.report.__file__).parents[1].joinpath(name).read_text() for name in SCRIPTS)
     for _, _, keys in PANELS:

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from scripted import ByteTokenizer
@@ -44,6 +45,8 @@ def functions(tmp_path_factory):
         "            for c, q in zip(completions, questions)]\n"
         "def answers(completions, answer):\n"
         "    return [float(text.partition('#### ')[2]) for text in answer]\n"
+        "def sometimes(completions, questions, **columns):\n"
+        "    return [7.0 if len(q) == 2 else None for q in questions]\n"
         "def logs(completions, questions, log_extra, log_metric):\n"
         "    log_metric('questions', len(questions[0]))\n"
         "    log_extra('odd', [0, 1])\n"
@@ -127,6 +130,33 @@ def test_functions_see_every_column_of_the_data_under_its_name(tmp_path, functio
         "group_size": 2,
         "max_completion_tokens": 9,
         "trainer_state": {"global_step": 4, "max_steps": 10},
+    }
+
+
+def test_a_reward_is_told_with_its_mean_and_spread_over_what_it_applies_to(functions):
+    problems = [Problem("?" * (i + 1), "1") for i in range(3)]
+    order = [(prompt, sample) for prompt in range(3) for sample in range(2)]
+    with Scorer(parse_rewards({f"{functions}:value": 0.5, f"{functions}:sometimes": 1.0})) as scorer:
+        groups = roll_out(Engine(order), Tokenizer(), problems, scorer, CONFIG, step=4, first_prompt=0)
+    told = rollout_metrics([count(groups[:1]), count(groups[1:])])  # of two processes
+    values = np.array([1.0, 2.0, 12.0, 13.0, 23.0, 24.0])  # unweighted
+    applies_to = {
+        f"rewards/{functions}:value": values,
+        f"rewards/{functions}:sometimes": np.array([7.0, 7.0]),
+    }
+    applies_to["train/reward"] = values / 2 + [0, 0, 7, 7, 0, 0]
+    for key, applies in applies_to.items():
+        figures = (told[key], *(told[f"{key}/{figure}"] for figure in ("min", "max", "std")))
+        assert figures == pytest.approx((applies.mean(), applies.min(), applies.max(), applies.std()))
+
+
+def test_a_reward_that_applies_to_nothing_has_no_spread(functions):
+    with Scorer(parse_rewards({f"{functions}:sometimes": 1.0})) as scorer:
+        order = [(0, 0), (0, 1)]
+        groups = roll_out(Engine(order), Tokenizer(), [Problem("?", "1")], scorer, CONFIG, 4, 0)
+    told = rollout_metrics([count(groups)])
+    assert {key: value for key, value in told.items() if "sometimes" in key} == {
+        f"rewards/{functions}:sometimes": 0.0
     }
 
 
