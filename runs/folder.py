@@ -33,7 +33,7 @@ from runs.checkpoint import (
     write_folder,
 )
 from runs.config import RunStopped, at_the_door, to_yaml
-from runs.metrics import LINES, RunLog, cut_lines, line_offsets
+from runs.metrics import LINES, RunLog, cut_lines, line_offsets, start_trackers
 from runs.report import read_rows, write_report
 from runs.signals import StopRequest
 from runs.watchdog import RUNAWAY, WINDOW, Watchdog
@@ -231,8 +231,8 @@ class Run:
             self._restore(start.checkpoint)
         self._set_rates(rates)
         accelerator.wait_for_everyone()
-        if config.tracker != "none" and not accelerator.trackers:
-            accelerator.init_trackers("ponder", config=_flat(config))
+        if not accelerator.trackers:  # a run that goes back keeps them
+            start_trackers(accelerator, self.folder, config)
         self.log = RunLog(self.folder, accelerator, config.total_steps, self.step)
         self.watchdog = Watchdog(config)
         told = (read_rows(self.folder / name)[0] for name in ("metrics.jsonl", "eval.jsonl"))
@@ -412,11 +412,3 @@ class Run:
             group["initial_lr"] *= factor
         scheduler.base_lrs = asked
         scheduler._last_lr = [group["lr"] for group in groups]
-
-
-def _flat(config: Any) -> dict[str, Any]:
-    """The configuration as trackers take it: numbers and strings."""
-    return {
-        key: value if isinstance(value, int | float | str) else str(value)
-        for key, value in dataclasses.asdict(config).items()
-    }

@@ -36,6 +36,22 @@ COLUMNS = (
     ("memory/peak_mib", "MiB", "6,.0f"),
 )
 
+# What trackers that have tables are shown of the completions: a few, of the steps that have a line.
+TABLE = ("step", "question", "completion", "gold", "extracted", "correct", "reward", "advantage")
+TABLE_ROWS = 16
+
+
+def start_trackers(accelerator: Accelerator, folder: Path, config: Any) -> None:
+    """Begin a tracker's run, named after the folder, with the configuration as numbers and strings."""
+    if config.tracker == "none":
+        return
+    settings = {
+        key: value if isinstance(value, int | float | str) else str(value)
+        for key, value in asdict(config).items()
+    }
+    takes_name = {name: {"name": folder.resolve().name} for name in ("wandb", "trackio")}
+    accelerator.init_trackers("ponder", config=settings, init_kwargs=takes_name)
+
 
 class RunLog:
     """Keeps the story of a run; only the main process writes."""
@@ -70,7 +86,7 @@ class RunLog:
         self._append("metrics.jsonl", [{"step": step, **metrics, **_told(findings)}])
         self.accelerator.log(metrics, step=step)
         self.bar.update()
-        if step == 1 or step % self.line_every == 0 or step == self.total_steps:
+        if self._has_line(step):
             shown = [
                 f"{name} {metrics[key]:{form}}{_remark(key, metrics)}"
                 for key, name, form in COLUMNS
@@ -84,8 +100,12 @@ class RunLog:
             self.say(f"watchdog: {finding.cause}: {finding.text}")
 
     def rollouts(self, rows: list[dict[str, Any]]) -> None:
-        """Keep every completion of a step."""
+        """Keep every completion of a step, and show some to trackers that have tables."""
         self._append("rollouts.jsonl", rows)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_table") and rows and self._has_line(rows[0]["step"]):
+                data = [[row[name] for name in TABLE] for row in rows[:TABLE_ROWS]]
+                tracker.log_table("rollouts", columns=list(TABLE), data=data, step=rows[0]["step"])
 
     def evaluation(
         self, step: int, name: str, figures: dict[str, Any], findings: Sequence[Finding] = ()
@@ -109,6 +129,9 @@ class RunLog:
         """Leave the progress bar as it stands and finish the trackers."""
         self.bar.close()
         self.accelerator.end_training()
+
+    def _has_line(self, step: int) -> bool:
+        return step == 1 or step % self.line_every == 0 or step == self.total_steps
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if not self.is_main:

@@ -99,8 +99,8 @@ class TrainingConfig:
     """How many of them stay."""
     resume: str = "auto"
     """auto: go on if the run's folder has a checkpoint; never: start over; or a checkpoint's folder."""
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
-    """Where metrics go besides `metrics.jsonl`."""
+    tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
+    """Where metrics go besides `metrics.jsonl`; install its package. WANDB_MODE=offline keeps W&B offline."""
 
     @property
     def trains_tiny(self) -> bool:

@@ -99,7 +99,10 @@ GUARDED = {
     "gradio": ["app"],
     "mlx": ["inference.mlx_engine", "inference.convert_mlx", "inference.chat"],
     "mlx_lm": ["inference.mlx_engine", "inference.convert_mlx", "inference.chat"],
-    "wandb": [],  # through Accelerate's trackers
+    # Through Accelerate's trackers.
+    "wandb": [],
+    "tensorboard": [],
+    "trackio": [],
 }
 
 # What a Mac without torch must import: neither they nor what they import at the top may need any of these.

@@ -1,0 +1,133 @@
+"""Trackers, read back: what they keep are the numbers of metrics.jsonl."""
+
+import json
+import os
+import sqlite3
+import struct
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from models import make_accelerator
+from runs.metrics import TABLE, RunLog, start_trackers
+
+STEPS = [
+    {"policy/loss": -0.1234567890123, "train/reward": 0.5, "rewards/my.py:f/std": 1e-30},
+    {"policy/loss": 3.0e7, "train/reward": 1 / 3, "rewards/my.py:f/std": 0.0},
+]
+FIGURES = {"accuracy_strict": 0.7, "ci95": [0.2, 0.8], "n": 10}
+ROW = dict.fromkeys(TABLE, "x") | {"step": 1, "correct": None, "reward": 0.25}
+
+
+@dataclass
+class Config:
+    tracker: str
+    learning_rate: float = 0.1
+    rewards: dict | None = None
+
+
+def track(name, folder):
+    """Two steps, an evaluation and a completion, through the tracker; the numbers of the files, by step."""
+    folder.mkdir(exist_ok=True)
+    accelerator = make_accelerator(name, str(folder))
+    start_trackers(accelerator, folder, Config(name, rewards={"correct": 1.0}))
+    log = RunLog(folder, accelerator, total_steps=2, first_step=0)
+    for step, metrics in enumerate(STEPS, 1):
+        log.step(step, metrics)
+        log.rollouts([ROW | {"step": step}])
+    log.evaluation(2, "validation", FIGURES)
+    log.close()
+    told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    told[1]["eval/validation_accuracy"] = FIGURES["accuracy_strict"]
+    return {row.pop("step"): row for row in told}
+
+
+def test_without_a_tracker_nothing_is_asked_for_nor_written(tmp_path):
+    assert list(track("none", tmp_path)) == [1, 2]
+    assert sorted(os.listdir(tmp_path)) == ["eval.jsonl", "metrics.jsonl", "rollouts.jsonl"]
+
+
+def test_tensorboard_keeps_the_numbers_in_float32(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="reading TensorBoard's events back needs tensorboard",
+    )
+    told = track("tensorboard", tmp_path)
+    (events,) = (tmp_path / "ponder").glob("events.*")
+    kept = event_accumulator.EventAccumulator(str(events)).Reload()
+    seen = {step: {} for step in told}
+    for name in kept.Tags()["scalars"]:
+        for event in kept.Scalars(name):
+            seen[event.step][name] = event.value
+    as_float32 = {step: {name: float(np.float32(v)) for name, v in row.items()} for step, row in told.items()}
+    assert seen == as_float32
+
+
+@pytest.mark.slow
+def test_trackio_keeps_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))  # read once, as it is imported
+    pytest.importorskip("trackio", reason="reading a Trackio run back needs trackio")
+    told = track("trackio", tmp_path / "my-run")
+    (file,) = (tmp_path / "store").glob("*.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert {name for name, _, _ in rows} == {"my-run"}
+    seen = {}
+    for _, step, metrics in rows:
+        seen.setdefault(step, {}).update(json.loads(metrics))
+    assert seen == told
+
+
+def wandb_records(data):
+    """The whole records of a W&B file: LevelDB's log format, blocks of 32 KiB, behind a head of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if place > len(data):  # still being written
+            return
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(record)
+            record = b""
+
+
+@pytest.mark.slow
+def test_wandb_keeps_the_numbers_and_the_samples_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="reading a W&B run back needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    told = track("wandb", tmp_path / "my-run")
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    seen, tables, settings, names = {}, {}, {}, set()
+    # A process of its own writes the file, and may be behind.
+    records, deadline = [], time.monotonic() + 60
+    while not records or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        records = list(wandb_records(file.read_bytes()))
+    for record in records:
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            names.add(record.run.display_name)
+        elif kind == "config":
+            settings |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        elif kind == "history":
+            items = {tuple(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            step = items["_step",]
+            seen[step] = {key[0]: v for key, v in items.items() if len(key) == 1 and key[0][0] != "_"}
+            tables[step] = {key[1]: v for key, v in items.items() if key[0] == "rollouts"}
+    assert seen == told
+    assert names == {"my-run"}
+    assert settings == {"tracker": "wandb", "learning_rate": 0.1, "rewards": "{'correct': 1.0}"}
+    table = json.loads((file.parent / "files" / tables[1]["path"]).read_text())
+    assert table["columns"] == list(TABLE)
+    assert table["data"] == [list(ROW.values())]
