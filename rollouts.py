@@ -203,7 +203,7 @@ class StepInHand:
         fresh: those of them that are learned from.
         batch: laid out, with replayed groups behind.
         updates: what those done so far told.
-        seconds: that each phase took so far.
+        seconds: that each phase took so far, by metric.
     """
 
     groups: list[Group]

@@ -307,10 +307,10 @@ def train_step(training: Training) -> None:
             run.seed_dropout(len(hand.updates))
             hand.updates.append(update(*movers, batch, rows, config, kl_coef, critic_only))
     except StepStopped:
-        seconds["update"] += time.perf_counter() - began
+        seconds["time/update_s"] += time.perf_counter() - began
         run.memory["in_hand"] = gather_object([step_state(hand)])
         raise
-    seconds["update"] += time.perf_counter() - began
+    seconds["time/update_s"] += time.perf_counter() - began
 
     # 5. Tell, and keep what the next step needs.
     run.step += 1
@@ -323,9 +323,9 @@ def train_step(training: Training) -> None:
     if config.replay_groups:
         metrics["rollout/replayed_groups"] = len(run.memory["replay"])
     metrics["policy/learning_rate"] = training.scheduler.get_last_lr()[0]
-    metrics |= {f"time/{phase}_s": taken for phase, taken in seconds.items()}
+    metrics |= seconds
     tokens = metrics["rollout/completion_tokens"] * metrics["rollout/completions"]
-    metrics["rollout/tokens_per_s"] = tokens / (seconds["generate"] + seconds["score"])
+    metrics["rollout/tokens_per_s"] = tokens / (seconds["time/generate_s"] + seconds["time/score_s"])
     metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
     run.tell(metrics)
     rows = gather_object(rollout_rows(groups, batch, run.step))
@@ -351,8 +351,12 @@ def begin_step(training: Training) -> StepInHand:
     # 3. Credit: who did better than expected.
     credit(batch, config, accelerator, run.memory["kl_coef"])
     score_s = training.scorer.waited_s - waited_s
-    seconds = {"generate": rolled_out - began - score_s, "score": score_s}
-    return StepInHand(groups, fresh, batch, [], seconds | {"update": time.perf_counter() - rolled_out})
+    seconds = {
+        "time/generate_s": rolled_out - began - score_s,
+        "time/score_s": score_s,
+        "time/update_s": time.perf_counter() - rolled_out,
+    }
+    return StepInHand(groups, fresh, batch, [], seconds)
 
 
 def take_up_step(training: Training) -> StepInHand | None:
