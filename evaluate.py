@@ -20,7 +20,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from data import Problem, load_problems
-from exam import Answer, hold_exam, pass_at_k, summarise, worth_imitating
+from exam import Answer, hold_exam, summarise, worth_imitating
+from figures import pass_at_k
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from models import load_model, make_accelerator

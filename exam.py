@@ -13,12 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data import Problem
+from figures import wilson_interval
 from inference import Completion, Engine, SamplingParams
 from prompts import answer_style, completion_prefix, encode_prompt, parse_completion, render_prompt
 from rewards import judge_problem
+from rewards.shaping import self_correction, verification
 from runs.signals import StepStopped
 
-Z95 = statistics.NormalDist().inv_cdf(0.975)
+CANARIES = 8  # problems whose answers are kept at every evaluation of a run
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Answer:
         correct: the strict judgement; None is undecided.
         correct_lenient: the same with the last number taken as the answer where none was marked.
         extracted: what the strict judgement took as the answer.
+        thought_tokens: of the thought without its tags; 0 where there is none.
+        verifies: the thought says that it checks itself.
+        corrects_itself: the thought takes back what it said.
     """
 
     completion: str
@@ -42,6 +47,9 @@ class Answer:
     correct: bool | None
     correct_lenient: bool | None
     extracted: str | None
+    thought_tokens: int = 0
+    verifies: bool = False
+    corrects_itself: bool = False
 
 
 def hold_exam(
@@ -86,8 +94,8 @@ def hold_shared_exam(
     params: SamplingParams,
     seed: Sequence[int] = (0,),
     check: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Hold an exam with every process answering its share; all of them get the figures of the whole.
+) -> list[list[Answer]]:
+    """Hold an exam with every process answering its share; all of them get all answers.
 
     Raises:
         StepStopped: `check`, called with every answer, raised it on whatever process.
@@ -104,7 +112,7 @@ def hold_shared_exam(
     told = gather_object([groups])
     if None in told:
         raise StepStopped
-    return summarise([group for of_process in told for group in of_process])
+    return [group for of_process in told for group in of_process]
 
 
 def judge_completion(tokenizer: Any, prompt: str, completion: Completion, problem: Problem) -> Answer:
@@ -112,14 +120,19 @@ def judge_completion(tokenizer: Any, prompt: str, completion: Completion, proble
     text = completion_prefix(prompt) + tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     strict = judge_problem(text, problem.gold, problem.columns)
     lenient = strict if strict.correct else judge_problem(text, problem.gold, problem.columns, strict=False)
+    parsed = parse_completion(text, answer_style(prompt))
+    thought = (parsed.thought or "").strip()
     return Answer(
         completion=text,
         tokens=len(completion.token_ids),
         truncated=completion.finish_reason == "length",
-        well_formed=parse_completion(text, answer_style(prompt)).well_formed,
+        well_formed=parsed.well_formed,
         correct=strict.correct,
         correct_lenient=lenient.correct,
         extracted=strict.extracted,
+        thought_tokens=len(tokenizer.encode(thought, add_special_tokens=False)) if thought else 0,
+        verifies=bool(verification([text])[0]),
+        corrects_itself=bool(self_correction([text])[0]),
     )
 
 
@@ -181,6 +194,7 @@ def summarise(groups: Sequence[Sequence[Answer]]) -> dict[str, Any]:
         return sum(bool(is_so(answer)) for answer in answers) / len(answers)
 
     accuracy = share(lambda a: a.correct)
+    corrected = [answer for answer in answers if answer.corrects_itself]
     return {
         "n": len(groups),
         "accuracy_strict": accuracy,
@@ -191,28 +205,27 @@ def summarise(groups: Sequence[Sequence[Answer]]) -> dict[str, Any]:
         "truncation_rate": share(lambda a: a.truncated),
         "undecided_rate": share(lambda a: a.correct is None),
         "mean_tokens": statistics.fmean(answer.tokens for answer in answers),
+        "median_tokens": statistics.median(answer.tokens for answer in answers),
+        "thinking_rate": share(lambda a: a.thought_tokens),
+        "thought_tokens": statistics.fmean(answer.thought_tokens for answer in answers),
+        "verification_rate": share(lambda a: a.verifies),
+        "self_correction_rate": len(corrected) / len(answers),
+        # Whether it helps: how many of them are right. None where there are none.
+        "self_correction_accuracy": sum(bool(a.correct) for a in corrected) / len(corrected)
+        if corrected
+        else None,
     }
 
 
-def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    if n < 1:
-        raise ValueError(f"n must be >= 1, got {n}")
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that at least one of k samples is right, unbiased, from `correct` right ones among n.
-
-    Source: Chen et al. 2021, arXiv 2107.03374, eq. 1.
-    """
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and the {n} samples, got {k}")
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+def canary_rows(problems: Sequence[Problem], groups: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
+    """The first problems with the answers given to them, to be read beside those of other steps."""
+    return [
+        {
+            "question": problem.question,
+            "gold": problem.gold,
+            "completion": group[0].completion,
+            "correct": group[0].correct,
+            "tokens": group[0].tokens,
+        }
+        for problem, group in list(zip(problems, groups, strict=True))[:CANARIES]
+    ]

@@ -25,7 +25,7 @@ import rewards
 from batches import MicroBatches
 from credit import credit, explained_variance
 from data import Problem, load_problems, take
-from exam import hold_shared_exam
+from exam import canary_rows, hold_shared_exam, summarise
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from memory import is_out_of_memory, peak_memory
@@ -569,8 +569,9 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
         source = str(start.checkpoint or config.model)
         tokenizer = config.load_tokenizer(source)
         problems, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
+        load = config.data_arguments()
         held_out = (
-            load_problems(config.data, "validation", **config.data_arguments()) if config.eval_every else []
+            load_problems(config.data, "validation", **load)[: config.eval_limit] if config.eval_every else []
         )
         model = config.load_model(source)
         policy = Policy(model, config.critic)
@@ -596,8 +597,9 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
 
     def evaluate() -> None:
-        asked = (accelerator, engine, tokenizer, held_out[: config.eval_limit], greedy)
-        run.evaluated("validation", hold_shared_exam(*asked, check=run.stop.check))
+        asked = (accelerator, engine, tokenizer, held_out, greedy)
+        groups = hold_shared_exam(*asked, check=run.stop.check)
+        run.evaluated("validation", summarise(groups), canary_rows(held_out, groups))
 
     with training.scorer:
         yield Work(run, lambda: train_step(training), evaluate, evaluates_first=True)

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 
 from batches import MicroBatches, pad_batch, reduce_gradients
 from data import Problem, load_problems, take
-from exam import hold_shared_exam
+from exam import canary_rows, hold_shared_exam, summarise
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from losses import loss_weights
@@ -182,7 +182,8 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
 
     def evaluate() -> None:
         asked = (accelerator, engine, tokenizer, held_out, greedy)
-        run.evaluated("validation", hold_shared_exam(*asked, check=run.stop.check))
+        groups = hold_shared_exam(*asked, check=run.stop.check)
+        run.evaluated("validation", summarise(groups), canary_rows(held_out, groups))
 
     yield Work(run, step, evaluate, evaluates_first=False)
 

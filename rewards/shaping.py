@@ -35,6 +35,12 @@ _VERIFICATION = re.compile(
     r" (?:verify|double[- ]check|check (?:this|that|the|my))|wait,|substitut\w+ back|plugging \w+ back)",
     re.IGNORECASE,
 )
+_CORRECTION = re.compile(
+    r"\b(?:wait\b|hmm\b|actually,|oops\b|scratch that|on second thought"
+    r"|(?:that|this)(?:'s| is| was) (?:wrong|not right|a mistake)|(?:i|we) made (?:a mistake|an error)"
+    r"|let(?:'s| me| us) (?:re-?(?:do|think|consider|calculate)\b|try again|correct (?:that|this|it|my)))",
+    re.IGNORECASE,
+)
 _TIMES = re.compile(r"(?<=[\d)]) ?[xX] ?(?=[\d(])")
 _WORD = re.compile(r"\w{1,12}|[^\w\s]")
 
@@ -156,6 +162,14 @@ def verification(completions: list[str]) -> list[float]:
     """
     thoughts = [parse_completion(text).thought or "" for text in completions]
     return [float(_VERIFICATION.search(thought) is not None) for thought in thoughts]
+
+
+def self_correction(completions: list[str]) -> list[float]:
+    """1 where the thought takes back what it said: it waits, finds a mistake, tries again. Words, as
+    `verification`.
+    """
+    thoughts = [parse_completion(text).thought or "" for text in completions]
+    return [float(_CORRECTION.search(thought) is not None) for thought in thoughts]
 
 
 def repetition(completions: list[str], *, n: int = 4) -> list[float]:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ HARMLESS = {
     "keep_checkpoints",
     "eval_every",
     "eval_limit",
+    "target_accuracy",
+    "patience",
     "micro_batch_tokens",
     "max_bad_updates",
     "max_rollbacks",
@@ -186,6 +188,8 @@ class Run:
         drawn: problems or examples drawn from the data so far, by all processes.
         best_accuracy: of `best/`.
         evaluated_step: steps done when it was last evaluated.
+        not_better: evaluations since the best one.
+        enough: why it ends before its last step; None where it goes on.
         stop: whether it was told to.
         rollbacks: how often it went back to a checkpoint; each halved the learning rate.
         diverged: why it has to go back, None where all is well.
@@ -217,6 +221,7 @@ class Run:
         self.folder, self.config, self.accelerator = start.folder, config, accelerator
         self.model, self.tokenizer, self.optimizer, self.scheduler = model, tokenizer, optimizer, scheduler
         self.step, self.drawn, self.best_accuracy, self.evaluated_step = 0, 0, -1.0, None
+        self.not_better, self.enough = 0, None
         self.memory: dict[str, Any] = {}
         self.stop = StopRequest()
         self.bad_in_a_row = 0
@@ -312,6 +317,8 @@ class Run:
             "drawn": self.drawn,
             "best_accuracy": self.best_accuracy,
             "evaluated_step": self.evaluated_step,
+            "not_better": self.not_better,
+            "enough": self.enough,
             "memory": self.memory,
             "threads": torch.get_num_threads(),
             "optimizer": self.optimizer.state_dict(),
@@ -341,18 +348,36 @@ class Run:
         self.found = []
         self.diverged = next((finding.text for finding in found if finding.cause in RUNAWAY), None)
 
-    def evaluated(self, name: str, figures: dict[str, Any]) -> None:
-        """Record an evaluation, and keep the model as `best/` if none was better."""
+    def evaluated(self, name: str, figures: dict[str, Any], canaries: Sequence[dict[str, Any]] = ()) -> None:
+        """Record an evaluation, and keep the model as `best/` if none was better.
+
+        Args:
+            name: of what was evaluated on.
+            figures: of `exam.summarise`.
+            canaries: answers to problems that stay the same all through the run.
+        """
         self.evaluated_step = self.step
+        self.log.canaries(self.step, list(canaries))
         found = self.watchdog.evaluation(figures)
         self.log.evaluation(self.step, name, figures, found)
         self.log.found(found)
-        if figures["accuracy_strict"] > self.best_accuracy:
+        accuracy = figures["accuracy_strict"]
+        self.not_better = 0 if accuracy > self.best_accuracy else self.not_better + 1
+        self.enough = self._why_enough(accuracy)
+        if accuracy > self.best_accuracy:
             # Not before it is there: where the disk is full, the next evaluation as good may try again.
             if error := self._write(lambda: write_folder(self.folder / "best", self._save_model)):
                 self.log.say(f"step {self.step}: best/ could not be written ({error}), and stays as it was")
             else:
-                self.best_accuracy = figures["accuracy_strict"]
+                self.best_accuracy = accuracy
+
+    def _why_enough(self, accuracy: float) -> str | None:
+        target, patience = self.config.target_accuracy, self.config.patience
+        if target is not None and accuracy >= target:
+            return f"an accuracy of {accuracy:.1%} reaches --target_accuracy {target:g}"
+        if patience and self.not_better >= patience:
+            return f"{self.not_better} evaluations in a row were no better than {self.best_accuracy:.1%}"
+        return None
 
     def finish(self) -> int:
         """Leave something usable: the final model, or where
@@ -369,6 +394,8 @@ class Run:
                     f"the final model could not be written ({error}); free some space, and the same command "
                     f"goes on from {latest_checkpoint(self.folder)}"
                 )
+            if self.enough:
+                self.log.say(f"enough after {self.step} steps: {self.enough}")
             self.log.say(f"final model: {self.folder / 'final'}")
         if self.accelerator.is_main_process:
             write_report(self.folder)
@@ -393,7 +420,8 @@ class Run:
     def _restore(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
         self.step, self.drawn, self.best_accuracy = state["step"], state["drawn"], state["best_accuracy"]
-        self.evaluated_step = state["evaluated_step"]
+        self.evaluated_step, self.not_better = state["evaluated_step"], state["not_better"]
+        self.enough = state["enough"]
         self.memory = state["memory"]
         torch.set_num_threads(state["threads"])  # sums of floats depend on it in their last bits
         self.optimizer.load_state_dict(state["optimizer"])

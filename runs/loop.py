@@ -53,12 +53,12 @@ def train_on(work: Work) -> None:
     with stop_on_signal(stop):
         try:
             evaluate_if_due(work)
-            while run.step < config.total_steps and not stop.agreed:
+            while run.step < config.total_steps and not stop.agreed and not run.enough:
                 work.step()
                 if run.diverged:
                     return
                 evaluate_if_due(work)
-                is_last = run.step == config.total_steps
+                is_last = run.step == config.total_steps or run.enough
                 if stop.agree() or run.step % config.save_every == 0 or is_last:
                     run.checkpoint()
         except StepStopped:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from runs.watchdog import FINDINGS, Finding
 
 UNDECIDED = "rewards/undecided_fraction"
-LINES = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
+LINES = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl", "canaries.jsonl")
 
 # What a console line shows, where the step has it: the metric, its short name, its format, wide enough for
 # lines to stand under each other. An undecided share of nothing is not worth its place.
@@ -118,6 +118,10 @@ class RunLog:
             f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {name} accuracy "
             f"{figures['accuracy_strict']:.1%} (95 % interval {low:.1%} to {high:.1%}, n = {figures['n']})"
         )
+
+    def canaries(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Keep how the same problems are answered after `step` steps."""
+        self._append("canaries.jsonl", [{"step": step, **row} for row in rows])
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

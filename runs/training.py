@@ -93,6 +93,11 @@ class TrainingConfig:
     """Steps between evaluations on the validation split; 0 for none."""
     eval_limit: int = 200
     """Validation problems in an evaluation."""
+    target_accuracy: float | None = None
+    """The run ends as soon as an evaluation reaches this, in [0, 1]."""
+    patience: int = 0
+    """Above 0: the run ends after so many evaluations in a row that are no better than the best; best/ has
+    that one's model."""
     save_every: int
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -123,7 +128,12 @@ class TrainingConfig:
             require(self, "micro_batch_tokens", at_least=1)
         require(self, "eval_limit", "save_every", "keep_checkpoints", at_least=1)
         require(self, "seed", "eval_every", "warmup_steps", "weight_decay", "lora_rank", at_least=0)
-        require(self, "max_rollbacks", at_least=0)
+        require(self, "max_rollbacks", "patience", at_least=0)
+        if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
+            raise ValueError(f"target_accuracy must be in [0, 1], got {self.target_accuracy}")
+        for name in ("target_accuracy", "patience"):
+            if getattr(self, name) and not self.eval_every:
+                raise ValueError(f"{name} needs evaluations, got eval_every 0; give --eval_every 25")
         require(self, "learning_rate", "max_grad_norm", above=0)
         if self.lora_alpha is not None:
             require(self, "lora_alpha", above=0)

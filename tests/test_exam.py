@@ -1,6 +1,5 @@
-import itertools
-import math
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,8 @@ from scripted import ByteTokenizer
 import evaluate
 import exam
 from data import Problem, load_problems
-from exam import Answer, hold_exam, hold_shared_exam, pass_at_k, summarise, wilson_interval, worth_imitating
+from exam import Answer, canary_rows, hold_exam, hold_shared_exam, summarise, worth_imitating
+from figures import wilson_interval
 from inference import Completion, SamplingParams
 
 # ------------------------------------------------------------------------------------------------------------
@@ -79,44 +79,6 @@ def test_examples_come_from_samples_of_training_problems(changes, told):
 # Figures
 
 
-# Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_interval_equals_the_published_ones(successes, n, low, high):
-    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-@pytest.mark.parametrize(("successes", "n"), [(1, 2), (3, 10), (7.5, 10), (0, 1), (1, 1), (250, 500)])
-def test_wilson_bounds_are_the_shares_that_the_score_test_just_accepts(successes, n):
-    share = successes / n
-    for bound in wilson_interval(successes, n):
-        assert 0 <= bound <= 1
-        assert abs(share - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / n), abs=1e-6)
-
-
-def test_an_interval_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="n must be >= 1, got 0"):
-        wilson_interval(0, 0)
-
-
-def test_pass_at_k_equals_drawing_every_subset():
-    for n in range(1, 8):
-        for correct in range(n + 1):
-            samples = [True] * correct + [False] * (n - correct)
-            for k in range(1, n + 1):
-                draws = [any(draw) for draw in itertools.combinations(samples, k)]
-                assert pass_at_k(n, correct, k) == pytest.approx(sum(draws) / len(draws))
-
-
-@pytest.mark.parametrize("k", [0, 5])
-def test_pass_at_k_needs_k_samples(k):
-    with pytest.raises(ValueError, match=f"k must be between 1 and the 4 samples, got {k}"):
-        pass_at_k(4, 2, k)
-
-
 def answer(correct, lenient=None, tokens=10, truncated=False, well_formed=True):
     return Answer(
         "text", tokens, truncated, well_formed, correct, correct if lenient is None else lenient, "1"
@@ -141,6 +103,38 @@ def test_figures_of_answers_made_by_hand():
         "truncation_rate": 1 / 8,
         "undecided_rate": 1 / 8,
         "mean_tokens": 4.5,
+        "median_tokens": 4.5,
+        "thinking_rate": 0.0,
+        "thought_tokens": 0.0,
+        "verification_rate": 0.0,
+        "self_correction_rate": 0.0,
+        "self_correction_accuracy": None,
+    }
+
+
+def test_what_emerges_is_counted():
+    thinking = replace(answer(True), thought_tokens=6, verifies=True)
+    helped, in_vain = (
+        replace(answer(right), thought_tokens=3, corrects_itself=True) for right in (True, False)
+    )
+    figures = summarise([[thinking], [helped], [in_vain], [answer(False)]])
+    assert figures["thinking_rate"] == 3 / 4
+    assert figures["thought_tokens"] == 12 / 4
+    assert figures["verification_rate"] == 1 / 4
+    assert figures["self_correction_rate"] == 2 / 4
+    assert figures["self_correction_accuracy"] == 1 / 2
+
+
+def test_the_first_problems_are_the_canaries():
+    problems = [Problem(f"{n} + 1 = ?", str(n + 1)) for n in range(20)]
+    rows = canary_rows(problems, [[answer(n % 2 == 0, tokens=n)] for n in range(20)])
+    assert [row["question"] for row in rows] == [problem.question for problem in problems[:8]]
+    assert rows[3] == {
+        "question": "3 + 1 = ?",
+        "gold": "4",
+        "completion": "text",
+        "correct": False,
+        "tokens": 3,
     }
 
 
@@ -187,7 +181,7 @@ def test_an_exam_asks_and_judges_every_sample():
     texts = [f"[user] {problem.question}\n[assistant] " for problem in PROBLEMS]
     assert engine.asked == [(texts, 2, params, (3, 4), 0)]
     assert len(ended) == 6
-    assert groups[0][0] == Answer(GOOD, len(GOOD) + 1, False, True, True, True, "7")
+    assert groups[0][0] == Answer(GOOD, len(GOOD) + 1, False, True, True, True, "7", thought_tokens=1)
     assert [[a.correct for a in group] for group in groups] == [[True, False], [False, False], [False, True]]
     assert [[a.correct_lenient for a in group] for group in groups] == [
         [True, True],  # the last number, where no answer was marked
@@ -232,8 +226,8 @@ def test_processes_share_an_exam_and_all_learn_its_figures(monkeypatch, processe
         accelerator = SimpleNamespace(num_processes=processes, process_index=index, autocast=nullcontext)
         # Every process gets what all of them have sent.
         monkeypatch.setattr(exam, "gather_object", lambda told: shares.extend(told) or [whole])
-        figures = hold_shared_exam(accelerator, engine, ByteTokenizer(), PROBLEMS, params, (9,))
-        assert figures == summarise(whole)
+        groups = hold_shared_exam(accelerator, engine, ByteTokenizer(), PROBLEMS, params, (9,))
+        assert groups == whole
         firsts += [(len(asked), first) for asked, n, _, seed, first in engine.asked if (n, seed) == (1, (9,))]
     assert [group for share in shares for group in share] == whole
     assert firsts == {1: [(3, 0)], 2: [(2, 0), (1, 2)], 3: [(1, 0), (1, 1), (1, 2)]}[processes]

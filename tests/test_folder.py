@@ -26,6 +26,8 @@ class Settings:
     lora_rank: int = 0
     max_bad_updates: int = 2
     max_rollbacks: int = 0
+    target_accuracy: float | None = None
+    patience: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     resume: str = "auto"
     tracker: str = "none"
@@ -272,6 +274,27 @@ def test_best_is_the_best_and_not_the_last(config, make_run, monkeypatch):
         run.evaluated("validation", figures(accuracy))
     assert saved == ["best", "best", "best"]
     assert run.best_accuracy == 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "accuracies", "after", "why"),
+    [
+        ({"target_accuracy": 0.5}, (0.1, 0.4, 0.5), 3, "50.0% reaches --target_accuracy 0.5"),
+        ({"target_accuracy": 0.0}, (0.0,), 1, "0.0% reaches"),
+        ({"patience": 2}, (0.1, 0.3, 0.3, 0.2), 4, "2 evaluations in a row were no better than 30.0%"),
+        ({"patience": 2}, (0.1, 0.1, 0.2, 0.2, 0.3), None, None),
+    ],
+)
+def test_a_run_ends_where_it_is_good_enough_or_gets_no_better(
+    config, make_run, changes, accuracies, after, why
+):
+    run = make_run(dataclasses.replace(config, **changes))
+    for number, accuracy in enumerate(accuracies, 1):
+        assert run.enough is None
+        run.evaluated("validation", figures(accuracy))
+        assert (run.enough is not None) == (number == after)
+    if why:
+        assert why in run.enough
 
 
 def test_a_run_that_ends_leaves_final_and_says_where(config, make_run, capsys):

@@ -88,8 +88,13 @@ def test_lines_are_cut_back_to_what_a_checkpoint_knew(log, tmp_path):
     log.step(2, {"policy/loss": 2.0})
     log.rollouts([{"completion": "later"}])
     log.evaluation(2, "validation", {"accuracy_strict": 0.5, "ci95": [0.2, 0.8], "n": 10})
+    log.canaries(2, [{"question": "1 + 1 = ?"}])
     cut_lines(tmp_path, offsets)
-    assert {name: (tmp_path / name).read_bytes() for name in LINES} == {"eval.jsonl": b"", **kept}
+    assert {name: (tmp_path / name).read_bytes() for name in LINES} == {
+        "eval.jsonl": b"",
+        "canaries.jsonl": b"",
+        **kept,
+    }
     log.step(2, {"policy/loss": 3.0})
     assert [row["policy/loss"] for row in rows(tmp_path / "metrics.jsonl")] == [1.0, 3.0]
 

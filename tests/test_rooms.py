@@ -24,7 +24,8 @@ ROOMS = {
     "tiny": ["prompts"],
     "tokenizer": ["prompts", "tiny"],
     "models": ["llama", "losses", "tiny", "tokenizer"],
-    "exam": ["data", "inference", "prompts", "rewards.*", "runs.signals"],
+    "figures": [],
+    "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
     "rewards": ["prompts", "rewards.*"],
     "rollouts": ["batches", "data", "inference", "prompts", "rewards.*"],
     "credit": ["losses", "rewards.*", "rollouts"],
@@ -54,7 +55,17 @@ ROOMS = {
         *["rollouts", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
-    "evaluate": ["data", "exam", "inference.*", "models", "prompts", "rewards.*", "runs.*", "tokenizer"],
+    "evaluate": [
+        "data",
+        "exam",
+        "figures",
+        "inference.*",
+        "models",
+        "prompts",
+        "rewards.*",
+        "runs.*",
+        "tokenizer",
+    ],
     "app": ["data", "inference.*", "models", "prompts", "rewards.*", "runs.*"],
     "export": ["inference.*", "models", "prompts", "runs.*", "tokenizer"],
 }

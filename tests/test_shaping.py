@@ -68,6 +68,20 @@ def test_steps_and_verification_are_read_from_the_thought_alone():
     assert shaping.verification([text, GOOD, format_completion("x", "let me check")]) == [1, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("thought", "corrects"),
+    [
+        ("27 + 48 = 74. Wait, that is wrong: 75", 1),
+        ("so 12. Hmm, let me redo this", 1),
+        ("Actually, we made a mistake", 1),
+        ("we waited for 3 hours, and let me count them", 0),
+        ("the factual answer is 3", 0),
+    ],
+)
+def test_a_thought_that_takes_something_back_corrects_itself(thought, corrects):
+    assert shaping.self_correction([format_completion(thought, "wait, 1")]) == [corrects]
+
+
 def test_repetition_is_the_share_of_ngrams_seen_before():
     assert shaping.repetition(["one two three four five", "", "a b"]) == [0, 0, 0]
     assert shaping.repetition(["a b c d a b c d"]) == [pytest.approx(1 / 5)]
