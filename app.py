@@ -54,6 +54,8 @@ class AppConfig:
     """name of an environment variable that holds user:password, asked of every visitor"""
     system_prompt: str | None = None
     """replaces the one saved with the model; the empty text takes it away"""
+    trust_remote_code: bool = False
+    """run Python code that the model brings; read it first"""
     temperature: float = 0.0
     """where the page's slider starts; 0 takes the likeliest token"""
     top_p: float = 1.0
@@ -476,7 +478,7 @@ def main(config: AppConfig) -> None:
     """Load the model and serve the page until Ctrl-C."""
     with at_the_door():
         auth = read_auth(config.auth_env)
-        model = load_chat_model(config.model, config.system_prompt)
+        model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code)
     page = build_page(model, config)
     print(f"{config.model} is at {launch(page, config, auth)} (Ctrl-C ends it)")
     if auth is None and config.host not in ("127.0.0.1", "localhost", "::1"):

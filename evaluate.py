@@ -53,11 +53,13 @@ class EvaluateConfig:
     system_prompt: str | None = None
     """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
     answer_style: AnswerStyle | None = None
-    """How our system prompt asks for answers; see `train_grpo.py --help`, also for the two below."""
+    """How our system prompt asks for answers: between tags, or in a box."""
     plain_template: bool = False
     """Ask in R1-Zero's plain `User: … Assistant: `."""
     prefill_think: bool | None = None
     """Begin every completion with `<think>`."""
+    trust_remote_code: bool = False
+    """Run Python code that a model brings. Read it first."""
     max_completion_tokens: int = 512
     """Tokens a completion at most."""
     samples: int = 0
@@ -187,9 +189,9 @@ def indented(text: str) -> str:
 
 def main(config: EvaluateConfig) -> int:
     """Measure, print, and write the figures if asked for; returns the exit code."""
-    accelerator = make_accelerator()
     names = [name for name in (config.baseline, config.model) if name]
     with at_the_door():
+        accelerator = make_accelerator()
         tokenizers = {name: load_tokenizer(name, **asking(config)) for name in names}
         problems = load_problems(
             config.data,
@@ -203,7 +205,8 @@ def main(config: EvaluateConfig) -> int:
     answers = len(problems) * (1 + config.samples)
     for name in names:
         with at_the_door():
-            model = load_model(name, device=accelerator.device)
+            trust = config.trust_remote_code
+            model = load_model(name, device=accelerator.device, trust_remote_code=trust)
         engine = TorchEngine(model, tokenizers[name])
         with tqdm(total=answers, desc=name, unit="answer", dynamic_ncols=True) as bar, accelerator.autocast():
             results[name] = examine(config, engine, tokenizers[name], problems, bar)

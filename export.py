@@ -54,6 +54,8 @@ class ExportConfig:
     """Add a LoRA adapter to the weights that it was trained on, in float32; else it is exported alone."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the weights are stored in; float32 is what was trained, the others take half the room."""
+    trust_remote_code: bool = False
+    """Run Python code that the model brings. Read it first."""
     push_to_hub: str | None = None
     """Also upload to this repository of the Hugging Face Hub (`hf auth login` first); private if new."""
 
@@ -219,9 +221,10 @@ def main(config: ExportConfig) -> int:
         is_adapter = (source / ADAPTER).is_file()
         if config.merge and not is_adapter:
             raise ValueError(f"merge needs an adapter, and {source} is a whole model; leave --merge out")
-        tokenizer = load_tokenizer(str(source))
+        trusts = {"trust_remote_code": config.trust_remote_code}
+        tokenizer = load_tokenizer(str(source), **trusts)
         device = make_accelerator().device
-        model = load_model(str(source), device=device).eval()
+        model = load_model(str(source), device=device, **trusts).eval()
     run = Path(config.run)
     prompts = [encode_prompt(tokenizer, question) for question in reference_questions(run)]
     answers = greedy_answers(model, tokenizer, prompts)
@@ -231,9 +234,9 @@ def main(config: ExportConfig) -> int:
     parity: dict[str, Any] = {"is_adapter": is_adapter and not config.merge, "dtype": config.dtype}
 
     def write(folder: Path) -> None:
-        written = load_merged(str(source)) if config.merge else model
+        written = load_merged(str(source), **trusts) if config.merge else model
         save_model(folder, written.to(dtype), tokenizer)
-        again = load_model(str(folder), device=device).eval()
+        again = load_model(str(folder), device=device, **trusts).eval()
         exported = logprobs_of_answers(again, texts)
         parity.update(measure_parity(trained, exported, answers, greedy_answers(again, tokenizer, prompts)))
         # Weights in 4 bits are computed with in what the device is fast in.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,7 @@ from transformers.utils import logging
 from llama import is_llama, predicting_states, without_adapter
 from losses import token_logprobs
 from tiny import TINY, build_tiny
-from tokenizer import ADAPTER, load_any_tokenizer, require_model
+from tokenizer import ADAPTER, load_any_tokenizer, loading, require_model
 
 # A bar for every file that is read or written is noise among a run's lines; the Hub's own bars stay.
 logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))
@@ -43,6 +44,7 @@ def load_model(
     seed: int = 0,
     device: str | torch.device | None = None,
     quantize: Quantization = "none",
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """A causal language model in float32, by Hub name or folder, or `tiny` with fresh weights.
 
@@ -56,24 +58,25 @@ def load_model(
         quantize: "nf4" holds the linear layers but the head in 4 bits, doubly quantised (QLoRA, arXiv
             2305.14314); only an adapter can be trained on them. The folder of an adapter that was trained so
             says it itself.
+        trust_remote_code: run Python code that the model brings.
 
     Raises:
         FileNotFoundError: no such model, or weights that cannot be read.
-        ValueError: `tiny` in 4 bits.
+        ValueError: `tiny` in 4 bits, or code that is not trusted.
     """
     if name == TINY:
         if quantize != "none":
             raise ValueError(f"quantize needs a model folder or a Hub name, not {TINY!r}; give --model")
         model = build_tiny(seed)[0]
     elif (Path(name) / ADAPTER).is_file():
-        model = _load_adapter(name)
+        model = _load_adapter(name, trust_remote_code)
     else:
         require_model(name)
         options = {"quantization_config": _four_bits()} if quantize == "nf4" else {}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"model {name!r} could not be loaded: {error}") from error
+        with loading(f"model {name!r}"):
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
+            )
         for layer in model.modules():
             # Some processors make bitsandbytes pack weights anew for inference, in bfloat16: what samples
             # would no longer be what learns.
@@ -162,7 +165,7 @@ def add_adapter(
         return get_peft_model(model, config)
 
 
-def load_merged(folder: str) -> nn.Module:
+def load_merged(folder: str, trust_remote_code: bool = False) -> nn.Module:
     """The model of an adapter's folder with the adapter added to its weights, in float32.
 
     A base in 4 bits is first written out in float32, as it was in training: merged into 4 bits, most of what
@@ -170,25 +173,32 @@ def load_merged(folder: str) -> nn.Module:
     """
     from peft import PeftModel
 
-    base = _load_base(folder)
+    base = _load_base(folder, trust_remote_code)
     if is_quantized(base):
         base = base.dequantize()
     return PeftModel.from_pretrained(base.float(), folder).merge_and_unload(safe_merge=True)
 
 
-def _load_adapter(folder: str) -> nn.Module:
+def _load_adapter(folder: str, trust_remote_code: bool) -> nn.Module:
     """The adapter of a folder on the model that its configuration names, ready to be trained on."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(_load_base(folder), folder, is_trainable=True)
+    base = _load_base(folder, trust_remote_code)
+    try:
+        return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    except (RuntimeError, ValueError) as error:  # of a size, or of names, that the model does not have
+        raise ValueError(
+            f"the adapter {folder!r} does not fit {base.name_or_path!r}, the model that it names: {error}"
+        ) from error
 
 
-def _load_base(folder: str) -> nn.Module:
+def _load_base(folder: str, trust_remote_code: bool) -> nn.Module:
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    quantized = Path(folder) / QUANTIZED
-    return load_model(base, quantize=json.loads(quantized.read_text()) if quantized.is_file() else "none")
+    file = Path(folder) / QUANTIZED
+    quantize = json.loads(file.read_text()) if file.is_file() else "none"
+    return load_model(base, quantize=quantize, trust_remote_code=trust_remote_code)
 
 
 def save_model(folder: str | os.PathLike, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -230,7 +240,12 @@ def _say_rotary_base(file: Path) -> None:
 
 
 def load_reward_model(
-    name: str, device: str | torch.device, *, batch_size: int = 16, max_tokens: int = 2048
+    name: str,
+    device: str | torch.device,
+    *,
+    batch_size: int = 16,
+    max_tokens: int = 2048,
+    trust_remote_code: bool = False,
 ) -> Callable[..., list[float]]:
     """A sequence-classification model of one output as a reward function: the reward is its logit.
 
@@ -242,10 +257,11 @@ def load_reward_model(
         device: where it is held.
         batch_size: completions that are scored together; equal lengths side by side.
         max_tokens: of a conversation; of a longer one the beginning is left out, as the end has the answer.
+        trust_remote_code: run Python code that the model brings.
 
     Raises:
         FileNotFoundError: no such model, or one without a tokenizer.
-        ValueError: a model without a trained head, or with several outputs.
+        ValueError: code that is not trusted; a model without a trained head, or with several outputs.
     """
     if batch_size < 1 or max_tokens < 1:
         raise ValueError(f"batch_size and max_tokens must be >= 1, got {batch_size} and {max_tokens}")
@@ -253,13 +269,11 @@ def load_reward_model(
     # Not float16, which the states of many models overflow.
     has_bf16 = torch.device(device).type == "cuda" and compute_dtype() == torch.bfloat16
     dtype = torch.bfloat16 if has_bf16 else torch.float32
-    try:
+    with loading(f"reward model {name!r}"):
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
+            name, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"reward model {name!r} could not be loaded: {error}") from error
-    tokenizer = load_any_tokenizer(name, truncation_side="left", padding_side="right")
+    tokenizer = load_any_tokenizer(name, trust_remote_code, truncation_side="left", padding_side="right")
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"]))
         raise ValueError(
@@ -301,6 +315,27 @@ def load_reward_model(
 # What trains
 
 
+def require_gpus() -> None:
+    """Refuse to run on the processor in place of GPUs that were asked for.
+
+    Raises:
+        ValueError: CUDA_VISIBLE_DEVICES names more than there are; or more processes were launched than that.
+    """
+    asked, there = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    named = [name for name in asked.split(",") if name.strip().isdigit() or name.startswith(("GPU-", "MIG-"))]
+    if len(named) > there:
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={asked!r} asks for {len(named)} GPUs, and torch finds {there} of them; "
+            "name those that nvidia-smi lists, or unset it to run on what is there"
+        )
+    process = int(os.environ.get("LOCAL_RANK", "0"))
+    if there and process >= there and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        raise ValueError(
+            f"process {process + 1} on this machine has no GPU, of which there are {there}; give accelerate "
+            f"launch --num_processes {there}"
+        )
+
+
 def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accelerator:
     """Accelerate as the machine allows: bfloat16 autocast on a GPU that has it, float16 with a scaler on one
     that has not, float32 on a processor, which is where it runs on a Mac.
@@ -310,8 +345,9 @@ def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accele
         folder: where trackers that write files put them.
 
     Raises:
-        ValueError: the tracker is not installed.
+        ValueError: the tracker is not installed, or a GPU that was asked for is not there.
     """
+    require_gpus()
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise ValueError(
             f"tracker {tracker!r} is not installed; pip install {tracker}, or give --tracker none"

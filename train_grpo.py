@@ -449,7 +449,8 @@ def build_reference(config: GRPOConfig, policy: Policy) -> nn.Module:
     began_with_adapter = (Path(config.model) / ADAPTER).is_file()
     if config.lora_rank and not began_with_adapter:
         return WithoutAdapter(policy)
-    return Policy(load_model(config.model, config.seed)).requires_grad_(False)
+    began = load_model(config.model, config.seed, trust_remote_code=config.trust_remote_code)
+    return Policy(began).requires_grad_(False)
 
 
 def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:

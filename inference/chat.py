@@ -139,12 +139,15 @@ class ChatModel:
         return replace(params, max_completion_tokens=min(params.max_completion_tokens, room))
 
 
-def load_chat_model(name: str, system_prompt: str | None = None) -> ChatModel:
+def load_chat_model(
+    name: str, system_prompt: str | None = None, trust_remote_code: bool = False
+) -> ChatModel:
     """Load a model folder or Hub name for chatting, onto the accelerator where there is one.
 
     Args:
         name: see `models.load_model`.
         system_prompt: see `prompts.prepare_tokenizer`.
+        trust_remote_code: run Python code that the model brings.
     """
     import torch
 
@@ -152,9 +155,10 @@ def load_chat_model(name: str, system_prompt: str | None = None) -> ChatModel:
     from inference.engine import TorchEngine
     from tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(name, system_prompt)
+    tokenizer = load_tokenizer(name, system_prompt, trust_remote_code=trust_remote_code)
+    models.require_gpus()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model = models.load_model(name, device=device)
+    model = models.load_model(name, device=device, trust_remote_code=trust_remote_code)
     if device.type == "cuda":
         model = model.to(torch.bfloat16)
     return ChatModel(
@@ -179,6 +183,7 @@ class ChatConfig:
     Attributes:
         model: model folder, or a name on the Hugging Face Hub.
         system_prompt: replaces the one saved with the model; the empty text takes it away.
+        trust_remote_code: run Python code that the model brings; read it first.
         temperature: 0 takes the likeliest token; higher is more varied.
         top_p: draw from the likeliest tokens that together reach this probability; 1 keeps all.
         max_completion_tokens: longest completion, thought included.
@@ -188,6 +193,7 @@ class ChatConfig:
 
     model: str
     system_prompt: str | None = None
+    trust_remote_code: bool = False
     temperature: float = 0.0
     top_p: float = 1.0
     max_completion_tokens: int = 512
@@ -306,7 +312,7 @@ def main(config: ChatConfig) -> None:
     params = SamplingParams(
         max_completion_tokens=config.max_completion_tokens, temperature=config.temperature, top_p=config.top_p
     )
-    model = load_chat_model(config.model, config.system_prompt)
+    model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code)
     if config.question is None:
         converse(model, config, params, sys.stdout)
     else:

@@ -54,6 +54,7 @@ HARMLESS = {
     "micro_batch_tokens",
     "max_bad_updates",
     "max_rollbacks",
+    "trust_remote_code",
 }
 
 
@@ -179,6 +180,21 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: Path) -
         )
 
 
+def _refuse_other_optimizer(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """What moved other weights, or in another way, has nothing to go on with."""
+
+    def groups(state: dict[str, Any]) -> list[tuple[set[str], int]]:
+        parts = state.get("parts", [state])  # of Muon with AdamW
+        told = [group for part in parts for group in part["param_groups"]]
+        return [(set(group) - {"initial_lr"}, len(group["params"])) for group in told]
+
+    if groups(before) != groups(now):
+        raise ValueError(
+            f"resume: {str(checkpoint)!r} was trained by another optimizer, or other weights were: give the "
+            "--optimizer, --lora_rank, --baseline and --critic that its run had, or use it as a --model"
+        )
+
+
 class Run:
     """A run while it trains: log, checkpoints, best and final
     model. Every process holds one; the main one writes.
@@ -226,14 +242,17 @@ class Run:
         self.stop = StopRequest()
         self.bad_in_a_row = 0
         self.diverged: str | None = None
-        if accelerator.is_main_process:
-            with at_the_door():
+        state = load_state(start.checkpoint) if start.checkpoint is not None else None
+        with at_the_door():
+            if state is not None:
+                _refuse_other_optimizer(state["optimizer"], optimizer.state_dict(), start.checkpoint)
+            if accelerator.is_main_process:
                 write_run(start, config)
         accelerator.wait_for_everyone()
         self.rollbacks = len(list(self.folder.glob("incidents/rollback-*.json")))
         rates = [rate / 2**self.rollbacks for rate in scheduler.base_lrs]
-        if start.checkpoint is not None:
-            self._restore(start.checkpoint)
+        if state is not None:
+            self._restore(state)
         self._set_rates(rates)
         accelerator.wait_for_everyone()
         if not accelerator.trackers:  # a run that goes back keeps them
@@ -417,8 +436,7 @@ class Run:
     def _save_model(self, folder: Path) -> None:
         save_model(folder, self.model, self.tokenizer)
 
-    def _restore(self, checkpoint: Path) -> None:
-        state = load_state(checkpoint)
+    def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.drawn, self.best_accuracy = state["step"], state["drawn"], state["best_accuracy"]
         self.evaluated_step, self.not_better = state["evaluated_step"], state["not_better"]
         self.enough = state["enough"]

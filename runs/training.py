@@ -11,7 +11,7 @@ from optimizers import OptimizerName
 from prompts import AnswerStyle
 from runs.config import require
 from tiny import is_tiny
-from tokenizer import ADAPTER, asking, load_tokenizer
+from tokenizer import ADAPTER, asking, load_tokenizer, require_same_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,9 @@ class TrainingConfig:
     """Ask in R1-Zero's plain `User: … Assistant: `: for base models whose tokenizer has a chat template."""
     prefill_think: bool | None = None
     """Begin every completion with `<think>`, which the model then need not find."""
+
+    trust_remote_code: bool = False
+    """Run Python code that the model brings. Read it first."""
 
     lora_rank: int = 0
     """Above 0: LoRA adapters of this rank learn, and the weights stay as they are."""
@@ -149,8 +152,15 @@ class TrainingConfig:
         return load_tokenizer(source, **asking(self))
 
     def load_model(self, source: str) -> Any:
-        """The model to train, from `model` or a checkpoint of it."""
-        model = load_model(source, self.seed, quantize=self.quantize)
+        """The model to train, from `model` or a checkpoint of it.
+
+        Raises:
+            ValueError: the checkpoint is of another one.
+        """
+        trust = self.trust_remote_code
+        if source != self.model:
+            require_same_architecture(source, self.model, trust)
+        model = load_model(source, self.seed, quantize=self.quantize, trust_remote_code=trust)
         if self.gradient_checkpointing:
             checkpoint_activations(model)
         if not self.lora_rank:

@@ -87,7 +87,7 @@ def test_half_precision_is_stored_and_told(base, tmp_path, dtype):
 
 
 def test_an_export_that_lost_the_training_is_refused(adapter_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "load_merged", lambda folder: load_model(folder).unload())
+    monkeypatch.setattr(export, "load_merged", lambda folder, **how: load_model(folder).unload())
     to = tmp_path / "merged"
     with pytest.raises(RunStopped, match="not what was trained"):
         export.main(ExportConfig(run=str(adapter_run), to=str(to), merge=True))

@@ -12,7 +12,9 @@ import yaml
 from accelerate import Accelerator
 
 import runs.folder
+from optimizers import Muon
 from runs.checkpoint import MANIFEST, list_checkpoints, save_checkpoint, write_folder
+from runs.config import UserError
 from runs.folder import Run, Start, environment, open_run, write_run
 from runs.metrics import LINES
 
@@ -265,6 +267,20 @@ def test_a_run_goes_on_at_the_rate_that_it_is_asked_for(config, make_run):
     train(first, 1)
     train(second, 1)
     assert second.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"] / 2
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_and_nothing_lost(config, make_run, tmp_path):
+    first = make_run(config)
+    train(first, 2)
+    first.checkpoint()
+    checkpoint = f"{config.output}/checkpoints/step-000002"
+    asked = dataclasses.replace(config, output=str(tmp_path / "other"), resume=checkpoint)
+    weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    for optimizer in (torch.optim.AdamW(weights[:1]), torch.optim.SGD(weights), Muon(weights, 1.0, 0.0)):
+        with pytest.raises(UserError, match=r"step-000002' was trained by another optimizer.* --optimizer"):
+            Run(open_run(asked), asked, Accelerator(), None, None, optimizer, None)
+    assert not (tmp_path / "other").exists()
+    assert make_run(asked).step == 2
 
 
 def test_best_is_the_best_and_not_the_last(config, make_run, monkeypatch):

@@ -1,9 +1,12 @@
 import copy
 import json
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import SHAPE
+from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -142,6 +145,130 @@ def test_a_template_that_refuses_a_system_message_asks_before_the_question(llama
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('Not like this') }}")
     with pytest.raises(ValueError, match=r"^model '.*' cannot be asked: .*Not like this"):
         load_tokenizer(str(tmp_path))
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+print("this ran")
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def remote_folder(llama_folder, tmp_path, monkeypatch):
+    """The same model, but for code of its own."""
+    folder = tmp_path / "remote"
+    folder.mkdir()
+    copy_with(llama_folder, folder)
+    (folder / "own.py").write_text(REMOTE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    return folder
+
+
+def test_code_of_a_model_runs_only_where_it_is_trusted(remote_folder, llama_folder, tmp_path, capsys):
+    for load in (models.load_model, load_tokenizer, models.load_reward_model):
+        arguments = ("cpu",) if load is models.load_reward_model else ()
+        with pytest.raises(ValueError, match="brings Python code of its own.*give --trust_remote_code"):
+            load(str(remote_folder), *arguments)
+    assert "this ran" not in capsys.readouterr().out
+    model = models.load_model(str(remote_folder), trust_remote_code=True)
+    tokenizer = load_tokenizer(str(remote_folder), trust_remote_code=True)
+    assert "this ran" in capsys.readouterr().out
+    assert type(model).__name__ == "OwnModel"
+    ids = torch.tensor([[5, 6, 7]])
+    expected = models.load_model(str(llama_folder))(ids).logits
+    assert torch.equal(model(ids).logits, expected)
+    # What a run saves of it can be gone on from, under the same condition.
+    saved = tmp_path / "saved"
+    models.save_model(saved, model, tokenizer)
+    with pytest.raises(ValueError, match="--trust_remote_code"):
+        models.load_model(str(saved))
+    again = models.load_model(str(saved), trust_remote_code=True)
+    assert torch.equal(again(ids).logits, expected)
+
+
+def with_token(source, target, tokenizer, **how):
+    """Copy a model folder, its tokenizer one token longer."""
+    copy_with(source, target)
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens([AddedToken("<think>", normalized=False, **how)])
+    longer.save_pretrained(target)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(llama_folder, chat_tokenizer, tmp_path):
+    with_token(llama_folder, tmp_path, chat_tokenizer)
+    rows = len(chat_tokenizer)
+    with pytest.raises(ValueError, match=rf"1 tokens, such as '<think>', past the {rows} rows .* copy the"):
+        load_tokenizer(str(tmp_path))
+    model = models.load_model(str(llama_folder))
+    model.resize_token_embeddings(rows + 1)
+    model.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).encode("<think>") == [rows]
+
+
+def test_a_placeholder_that_no_text_becomes_may_stand_past_the_embedding(
+    llama_folder, chat_tokenizer, tmp_path
+):
+    copy_with(llama_folder, tmp_path)
+    longer = copy.deepcopy(chat_tokenizer)
+    longer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    longer.save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path))
+    longer.eos_token = "<image>"  # but not where every completion ends with it
+    longer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="such as '<image>', past the"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_loses_the_tags_is_refused(llama_folder, chat_tokenizer, tmp_path):
+    with_token(llama_folder, tmp_path, chat_tokenizer, special=True)
+    with pytest.raises(ValueError, match="loses <think>: .*set its `special` to false"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_an_adapter_of_another_model_is_told(random_model, chat_tokenizer, tmp_path):
+    for name in ("qwen2", "llama"):
+        models.save_model(tmp_path / name, copy.deepcopy(random_model(name)).float(), chat_tokenizer)
+    adapter = models.add_adapter(models.load_model(str(tmp_path / "qwen2")), rank=4, seed=0)
+    models.save_model(tmp_path / "adapter", adapter, chat_tokenizer)
+    config = tmp_path / "qwen2" / "config.json"
+    other = models.load_model(str(tmp_path / "qwen2")).config
+    other.intermediate_size *= 2
+    AutoModelForCausalLM.from_config(other).save_pretrained(config.parent)
+    with pytest.raises(ValueError, match=r"adapter '.*adapter' does not fit '.*qwen2'"):
+        models.load_model(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "there", "told"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0"}, 0, "'0' asks for 1 GPUs, and torch finds 0"),
+        ({"CUDA_VISIBLE_DEVICES": "0,7"}, 1, "'0,7' asks for 2 GPUs, and torch finds 1"),
+        ({"LOCAL_RANK": "2"}, 2, "process 3 on this machine has no GPU, .* --num_processes 2"),
+        ({"LOCAL_RANK": "2", "ACCELERATE_USE_CPU": "true"}, 2, None),
+        ({"LOCAL_RANK": "1"}, 0, None),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0, None),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, 0, None),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 0, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "LOCAL_RANK": "1"}, 2, None),
+    ],
+)
+def test_gpus_that_are_asked_for_have_to_be_there(monkeypatch, environment, there, told):
+    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    with pytest.raises(ValueError, match=told) if told else nullcontext():
+        models.require_gpus()
 
 
 # ------------------------------------------------------------------------------------------------------------

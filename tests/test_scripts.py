@@ -512,6 +512,7 @@ def exit_of(config_class, train, argv, capsys):
         (["--model", "tiny", "--optimizer", "paged_adamw_8bit"], ["paged_adamw_8bit", "GPU", "adamw_8bit"]),
         (["--target_accuracy", "80"], ["target_accuracy", "[0, 1]", "got 80"]),
         (["--patience", "3", "--eval_every", "0"], ["patience", "--eval_every 25"]),
+        (["--model", "tiny", "--answer_style", "boxed", "--system_prompt", "!"], ["answer_style", "system"]),
         (["--surrogate", "cispo"], ["clip_high=0.2", "surrogate", "--clip_high 5"]),
         (["--overlong", "soft", "--rewards", "{soft_overlong(cache=5): 1.0}"], ["soft_overlong", "overlong"]),
         (["--algo", "grpo_lead", "--rewards", "{lead: 1.0}"], ["lead", "--length_alpha 0"]),

@@ -69,3 +69,18 @@ def test_the_printed_configuration_says_what_was_filled_in(capsys, tmp_path):
         config = config_class(model=QWEN)
         assert parse_config(config_class, ["--config", str(printed)]) == config
         assert yaml.safe_load(printed.read_text())["learning_rate"] == config.learning_rate
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_folder, adapter_folder, random_model, tmp_path):
+    other = tmp_path / "other"
+    random_model("qwen2").save_pretrained(other)
+    for checkpoint in (tiny_folder, adapter_folder):
+        with pytest.raises(
+            ValueError, match=r"is a checkpoint of another model \(.*hidden_size 128.* give the"
+        ):
+            GRPOConfig(model=str(other)).load_model(checkpoint)
+    with pytest.raises(ValueError, match="'tiny'"):
+        SFTConfig().load_model(str(other))
+    # One that is not at hand cannot be compared, and is not needed.
+    for model in ("tiny", tiny_folder, QWEN):
+        assert SFTConfig(model=model).load_model(tiny_folder).config.hidden_size == 128
