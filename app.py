@@ -46,6 +46,11 @@ class AppConfig:
 
     model: str
     """model folder, or a name on the Hugging Face Hub"""
+    engine_url: str | None = None
+    """an OpenAI-compatible server (vLLM, mlx_lm.server, llama.cpp) that has the model and answers, up to its
+    /v1; the key in PONDER_API_KEY"""
+    served_model: str | None = None
+    """the model's name on that server, where it has several"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 lets other machines in"""
     port: int = 7860
@@ -278,7 +283,7 @@ class ChatPage:
         try:
             with closing(self.model.stream(turns, params, seed, self.engine_turn)) as readings:
                 yield from readings
-        except TooLongError as error:
+        except (TooLongError, ConnectionError) as error:
             raise _refusal(str(error)) from error
 
     def _messages(self, conversation: Conversation) -> list[gr.ChatMessage]:
@@ -478,7 +483,8 @@ def main(config: AppConfig) -> None:
     """Load the model and serve the page until Ctrl-C."""
     with at_the_door():
         auth = read_auth(config.auth_env)
-        model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code)
+        served = (config.engine_url, config.served_model)
+        model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code, *served)
     page = build_page(model, config)
     print(f"{config.model} is at {launch(page, config, auth)} (Ctrl-C ends it)")
     if auth is None and config.host not in ("127.0.0.1", "localhost", "::1"):

@@ -4,6 +4,7 @@ Both models answer the same problems through the same engine, prompts and judge.
 
     python evaluate.py --model outputs/grpo/final --baseline outputs/sft/final
     python evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k --limit 200 --samples 8 --json it.json
+    python evaluate.py --model outputs/grpo/final --engine_url http://127.0.0.1:8000/v1
 
 Rejection sampling: right and well-formed answers of a model become examples for `train_sft.py --data FILE`.
 
@@ -22,8 +23,9 @@ from tqdm import tqdm
 from data import Problem, load_problems
 from exam import Answer, hold_exam, summarise, worth_imitating
 from figures import pass_at_k
-from inference import SamplingParams
+from inference import Engine, SamplingParams
 from inference.engine import TorchEngine
+from inference.server_engine import ServerEngine
 from models import load_model, make_accelerator
 from prompts import AnswerStyle
 from runs.config import at_the_door, parse_config, require, run_script
@@ -38,6 +40,11 @@ class EvaluateConfig:
     """A model folder or a Hub name."""
     baseline: str | None = None
     """A second model, measured beside the first on the same problems."""
+    engine_url: str | None = None
+    """An OpenAI-compatible server (vLLM, mlx_lm.server, llama.cpp) that has `model` and answers in its place,
+    up to its /v1; the key in PONDER_API_KEY."""
+    served_model: str | None = None
+    """The model's name on that server, where it has several."""
     data: str = "arithmetic"
     """A task (arithmetic, word_problems, countdown), gsm8k, math, openr1-math, a Hub name or a path."""
     split: str = "test"
@@ -86,6 +93,10 @@ class EvaluateConfig:
         require(self, "temperature", above=0)
         if self.limit is not None:
             require(self, "limit", at_least=1)
+        if self.engine_url and self.baseline:
+            raise ValueError("engine_url answers for one model; measure the baseline in a run of its own")
+        if self.served_model and not self.engine_url:
+            raise ValueError("served_model is a name on a server; give engine_url, too")
         for name in ("json", "write_sft"):
             file = getattr(self, name)
             if file and (Path(file).is_dir() or not Path(file).parent.is_dir()):
@@ -108,8 +119,16 @@ class Result:
     sampled: list[list[Answer]]
 
 
+def load_engine(config: EvaluateConfig, name: str, tokenizer: Any, device: Any) -> Engine:
+    """What answers: the model, loaded here, or the server that has it."""
+    if config.engine_url:
+        return ServerEngine(config.engine_url, tokenizer, name, config.served_model)
+    model = load_model(name, device=device, trust_remote_code=config.trust_remote_code)
+    return TorchEngine(model, tokenizer)
+
+
 def examine(
-    config: EvaluateConfig, engine: TorchEngine, tokenizer: Any, problems: list[Problem], bar: tqdm
+    config: EvaluateConfig, engine: Engine, tokenizer: Any, problems: list[Problem], bar: tqdm
 ) -> Result:
     """Let a model answer greedily, and in samples if asked for."""
 
@@ -205,12 +224,10 @@ def main(config: EvaluateConfig) -> int:
     answers = len(problems) * (1 + config.samples)
     for name in names:
         with at_the_door():
-            trust = config.trust_remote_code
-            model = load_model(name, device=accelerator.device, trust_remote_code=trust)
-        engine = TorchEngine(model, tokenizers[name])
+            engine = load_engine(config, name, tokenizers[name], accelerator.device)
         with tqdm(total=answers, desc=name, unit="answer", dynamic_ncols=True) as bar, accelerator.autocast():
             results[name] = examine(config, engine, tokenizers[name], problems, bar)
-        del model, engine
+        del engine
 
     print(f"\n{config.data}, {config.split} split, {len(problems)} problems, greedy unless said\n")
     print(table(results))

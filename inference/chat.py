@@ -2,8 +2,9 @@
 
     python -m inference.chat --model outputs/grpo/final
     python -m inference.chat --model outputs/grpo/final --question "12 + 34 + 56 = ?"
+    python -m inference.chat --model outputs/grpo/final --engine_url http://127.0.0.1:8000/v1
 
-Torch is imported only when a model is loaded.
+Torch is imported only when a model is loaded, and not where a server has it.
 """
 
 import re
@@ -18,12 +19,15 @@ from typing import Any, TextIO
 import prompts
 from inference import Engine, SamplingParams
 from inference.reading import CompletionReader, Reading
+from inference.server_engine import ServerEngine
 
 # People see no more: a reading joins the whole text, and is made at most this often.
 READINGS_PER_SECOND = 20
 
 # A model this small has learned single problems and nothing of conversations (the built-in one has 0.44 M).
 SINGLE_QUESTION_PARAMETERS = 10_000_000
+# Behind a server its parameters cannot be counted; its tokens can.
+SINGLE_QUESTION_VOCABULARY = 1_000
 
 # ------------------------------------------------------------------------------------------------------------
 # A model to talk to
@@ -72,6 +76,7 @@ class ChatModel:
         name: folder or Hub name, for people.
         context_tokens: tokens of prompt and completion together at most; None where the model does not say.
         single_question: the model knows single questions only; what was said before would confuse it.
+        computes_here: several streams have to share this machine; a server shares itself out.
     """
 
     name: str
@@ -79,6 +84,7 @@ class ChatModel:
     tokenizer: Any
     context_tokens: int | None = None
     single_question: bool = False
+    computes_here: bool = True
 
     def messages(self, turns: Sequence[Turn]) -> list[prompts.Message]:
         """What is sent: questions and answers, no thoughts; earlier turns without an answer are left out."""
@@ -108,7 +114,10 @@ class ChatModel:
 
         Raises:
             TooLongError: the conversation does not fit into the model's context.
+            ConnectionError: the server that has the model is gone, or refused.
         """
+        if not self.computes_here:
+            step = nullcontext()
         prompt = prompts.render_prompt(self.tokenizer, self.messages(turns))
         prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
         params = self._fitted(params, len(prompt_ids))
@@ -140,22 +149,35 @@ class ChatModel:
 
 
 def load_chat_model(
-    name: str, system_prompt: str | None = None, trust_remote_code: bool = False
+    name: str,
+    system_prompt: str | None = None,
+    trust_remote_code: bool = False,
+    engine_url: str | None = None,
+    served_model: str | None = None,
 ) -> ChatModel:
     """Load a model folder or Hub name for chatting, onto the accelerator where there is one.
 
     Args:
-        name: see `models.load_model`.
+        name: see `models.load_model`; behind a server its tokenizer alone is loaded.
         system_prompt: see `prompts.prepare_tokenizer`.
         trust_remote_code: run Python code that the model brings.
+        engine_url: an OpenAI-compatible server that has the model, up to its `/v1`; None computes here.
+        served_model: the model's name there, see `ServerEngine`.
     """
+    from tokenizer import load_tokenizer
+
+    if served_model and not engine_url:
+        raise ValueError("served_model is a name on a server; give engine_url, too")
+    tokenizer = load_tokenizer(name, system_prompt, trust_remote_code=trust_remote_code)
+    if engine_url:
+        engine = ServerEngine(engine_url, tokenizer, name, served_model)
+        is_small = len(tokenizer) < SINGLE_QUESTION_VOCABULARY
+        return ChatModel(name, engine, tokenizer, engine.context_tokens, is_small, computes_here=False)
     import torch
 
     import models
     from inference.engine import TorchEngine
-    from tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(name, system_prompt, trust_remote_code=trust_remote_code)
     models.require_gpus()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = models.load_model(name, device=device, trust_remote_code=trust_remote_code)
@@ -182,6 +204,9 @@ class ChatConfig:
 
     Attributes:
         model: model folder, or a name on the Hugging Face Hub.
+        engine_url: an OpenAI-compatible server (vLLM, mlx_lm.server, llama.cpp) that has the model, up to its
+            /v1; the key in PONDER_API_KEY.
+        served_model: the model's name on that server, where it has several.
         system_prompt: replaces the one saved with the model; the empty text takes it away.
         trust_remote_code: run Python code that the model brings; read it first.
         temperature: 0 takes the likeliest token; higher is more varied.
@@ -192,6 +217,8 @@ class ChatConfig:
     """
 
     model: str
+    engine_url: str | None = None
+    served_model: str | None = None
     system_prompt: str | None = None
     trust_remote_code: bool = False
     temperature: float = 0.0
@@ -291,8 +318,8 @@ def converse(model: ChatModel, config: ChatConfig, params: SamplingParams, out: 
             continue
         try:
             turns[-1] = answer_turn(model, turns, params, (config.seed, attempt), out)
-        except TooLongError as error:
-            print(error, file=out)
+        except (TooLongError, ConnectionError) as error:
+            print(f"\n{error}", file=out)
             turns.pop()
 
 
@@ -312,7 +339,8 @@ def main(config: ChatConfig) -> None:
     params = SamplingParams(
         max_completion_tokens=config.max_completion_tokens, temperature=config.temperature, top_p=config.top_p
     )
-    model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code)
+    served = (config.engine_url, config.served_model)
+    model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code, *served)
     if config.question is None:
         converse(model, config, params, sys.stdout)
     else:
@@ -324,6 +352,6 @@ if __name__ == "__main__":
 
     try:
         main(jsonargparse.auto_cli(ChatConfig, as_positional=False))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,6 +22,10 @@ SHOWN_CHARACTERS = 300  # of what a server said, in a message
 Result = TypeVar("Result")
 
 
+class RefusedError(ValueError):
+    """The server will not do what was asked; the message says what it said."""
+
+
 def read_key() -> str | None:
     """The key in the environment, None where there is none."""
     return os.environ.get(KEY_VARIABLE, "").strip() or None
@@ -47,7 +51,8 @@ def post_json(
 
     Raises:
         ConnectionError: no whole answer came.
-        ValueError: the server refused the request, or its answer is no JSON; no such address or key can be.
+        RefusedError: the server said no, and would say it again.
+        ValueError: its answer is no JSON; or no such address or key can be.
     """
     return _whole_answer("POST", url, body, key, timeout_s, attempts)
 
@@ -153,7 +158,7 @@ def _refusal(url: str, response: HTTPResponse) -> Exception:
         hint = f"put the server's key into the environment variable {KEY_VARIABLE}"
     elif response.status == 404:
         hint = "is that the address of such a server, up to its /v1?"
-    return ValueError(f"{url} answered {said}; {hint}")
+    return RefusedError(f"{url} answered {said}; {hint}")
 
 
 def _decode(url: str, text: bytes) -> Any:

@@ -118,13 +118,13 @@ def at_the_door() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
         raise UserError(str(error)) from error
 
 
 def run_script(main: Callable[[Any], int | None], parse: Callable[[], Any]) -> None:
-    """Parse and run. A `UserError` prints one message and exits 2, a `RunStopped` one and exits 1; anything
-    else that is raised is a bug of ours and shows itself.
+    """Parse and run. A `UserError` prints one message and exits 2, a `RunStopped` or a server that is gone
+    (`ConnectionError`) one and exits 1; anything else that is raised is a bug of ours and shows itself.
 
     Args:
         main: takes the configuration and returns the exit code (None is 0).
@@ -134,7 +134,7 @@ def run_script(main: Callable[[Any], int | None], parse: Callable[[], Any]) -> N
         with at_the_door():
             config = parse()
         code = main(config)
-    except (UserError, RunStopped) as error:
+    except (UserError, RunStopped, ConnectionError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     raise SystemExit(code or 0)

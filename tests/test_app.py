@@ -132,6 +132,18 @@ def test_a_conversation_that_outgrows_the_model_is_told_and_left_as_it_was():
     assert conversation.turns == []
 
 
+def test_a_server_that_is_gone_is_told_and_the_question_given_back():
+    def gone(prompt):
+        raise ConnectionError("the server is gone")
+
+    page = app.ChatPage(scripted_model(gone), app.AppConfig(model="scripted"))
+    conversation = app.Conversation()
+    conversation.ask("q")
+    with pytest.raises(gr.Error, match="the server is gone"):
+        list(page.answer(conversation, 0.0, 1.0, 10, 0))
+    assert conversation.turns == []
+
+
 def test_programs_get_no_more_tokens_than_the_page_allows():
     page = app.ChatPage(scripted_model("y" * 100), app.AppConfig(model="scripted", max_completion_tokens=20))
     *_, last = page.answer_once("q", max_completion_tokens=10_000)

@@ -319,6 +319,16 @@ def test_a_question_that_does_not_fit_is_told_and_the_chat_goes_on(monkeypatch):
     assert model.engine.prompts == ["[user] short\n[assistant] "]
 
 
+def test_a_server_that_is_gone_is_told_and_the_chat_goes_on(monkeypatch):
+    def gone(prompt):
+        if "first" in prompt:
+            raise ConnectionError("the server is gone")
+        return "<answer>1</answer>"
+
+    shown = chat(scripted_model(gone), ["first", "second"], monkeypatch)
+    assert shown == "\nthe server is gone\n1\n"
+
+
 def test_control_c_stops_the_answer_and_not_the_chat():
     def interrupt(prompt):
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,6 +1,7 @@
 """The command line: what wins, what is refused, and how a mistake is told."""
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -217,6 +218,16 @@ def test_mistakes_at_the_door_end_in_one_line_and_exit_code_2(monkeypatch, capsy
         assert told.err.startswith("train_x.py: error: ")
         assert told.err.count("\n") == 1
         assert told.out == ""
+
+
+@pytest.mark.parametrize(("is_at_the_door", "code"), [(True, 2), (False, 1)])
+def test_a_server_that_does_not_answer_is_one_line(is_at_the_door, code, capsys):
+    def main(config):
+        with at_the_door() if is_at_the_door else nullcontext():
+            raise ConnectionError("http://127.0.0.1:9/v1 gave no answer")
+
+    assert run(main) == code
+    assert capsys.readouterr().err.endswith("error: http://127.0.0.1:9/v1 gave no answer\n")
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, ZeroDivisionError])

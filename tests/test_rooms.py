@@ -41,6 +41,7 @@ ROOMS = {
     "inference.decoders": ["inference.kv_cache", "llama"],
     "inference.engine": ["inference", "inference.decoders", "inference.sampling", "memory"],
     "inference.http": [],
+    "inference.server_engine": ["inference", "inference.http", "prompts"],
     # Whoever talks through an engine.
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
@@ -124,6 +125,7 @@ TORCH_FREE = [
     "inference.chat",
     "inference.http",
     "inference.reading",
+    "inference.server_engine",
     "rewards",
     "rewards.scorer",
     "app",
