@@ -22,9 +22,9 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, logging
 
-from llama import is_llama, predicting_states, without_adapter
+from llama import LLAMA_FAMILY, is_llama, predicting_states, without_adapter
 from losses import token_logprobs
 from tiny import TINY, build_tiny
 from tokenizer import ADAPTER, load_any_tokenizer, loading, require_model
@@ -117,9 +117,21 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def attend_fast(model: nn.Module) -> None:
+    """Let flash-attention 2 attend where it is installed, the GPU is made for it and the library runs the
+    blocks; everywhere else torch's own kernels (sdpa) do, as they do where `llama.py` runs the blocks.
+
+    It takes half precision alone: call this once the model is on its GPU, and the model under autocast.
+    """
+    inner = without_adapter(model)
+    has_kernels = is_flash_attn_2_available() and compute_dtype() == torch.bfloat16
+    if has_kernels and inner._supports_flash_attn and inner.config.model_type not in LLAMA_FAMILY:
+        inner.set_attn_implementation("flash_attention_2")
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Keep one state a block between the passes and compute the rest again: less memory, more time."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
 
 
 def add_adapter(

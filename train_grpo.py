@@ -33,6 +33,7 @@ from mixes import refuse_mixes
 from models import (
     Policy,
     WithoutAdapter,
+    attend_fast,
     load_model,
     load_reward_model,
     make_accelerator,
@@ -584,6 +585,7 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
     scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, optimizer_steps)
     critic = policy.critic
     policy, optimizer = accelerator.prepare(policy, optimizer)
+    attend_fast(model)
     reference = reference and reference.to(accelerator.device)
     run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
     remember(run, config, critic, reference)

@@ -26,7 +26,7 @@ from inference import SamplingParams
 from inference.engine import TorchEngine
 from losses import loss_weights
 from memory import peak_memory
-from models import Policy, make_accelerator
+from models import Policy, attend_fast, make_accelerator
 from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
 from prompts import answer_style, completion_prefix, in_style, render_prompt
 from runs.config import at_the_door, parse_config, require, run_script
@@ -160,6 +160,7 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
 
     scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, config.total_steps)
     policy, optimizer = accelerator.prepare(policy, optimizer)
+    attend_fast(model)
     engine = TorchEngine(model, tokenizer)
     run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
     run.log.say(f"cold start of {config.model} on {config.data}: {told}")

@@ -102,7 +102,7 @@ def open_run(config: Any) -> Start:
     return Start(folder, latest_checkpoint(folder), is_finished)
 
 
-def write_run(start: Start, config: Any) -> None:
+def write_run(start: Start, config: Any, model: Any = None) -> None:
     """Make the folder, with the configuration and the environment, and drop what is not of this run: all that
     an older one left if it begins afresh, or from another folder's checkpoint; else what came after the
     checkpoint, which would be taken for this run's when it is next resumed.
@@ -123,11 +123,11 @@ def write_run(start: Start, config: Any) -> None:
         for name in LINES:
             (start.folder / name).unlink(missing_ok=True)
     (start.folder / "config.yaml").write_text(to_yaml(config))
-    (start.folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+    (start.folder / "environment.json").write_text(json.dumps(environment(model), indent=1))
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device and commit: what one needs to know to run it again."""
+def environment(model: Any = None) -> dict[str, Any]:
+    """Versions, device, what attends and the commit: what one needs to know to run it again."""
     packages = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
     return {
         "python": platform.python_version(),
@@ -136,6 +136,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else platform.processor() or "cpu",
+        "attention": model.config._attn_implementation if hasattr(model, "config") else None,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "command": sys.argv,
@@ -247,7 +248,7 @@ class Run:
             if state is not None:
                 _refuse_other_optimizer(state["optimizer"], optimizer.state_dict(), start.checkpoint)
             if accelerator.is_main_process:
-                write_run(start, config)
+                write_run(start, config, model)
         accelerator.wait_for_everyone()
         self.rollbacks = len(list(self.folder.glob("incidents/rollback-*.json")))
         rates = [rate / 2**self.rollbacks for rate in scheduler.base_lrs]
