@@ -20,7 +20,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference import SamplingParams
-from inference.chat import ChatModel, InTurn, TooLongError, Turn, describe, load_chat_model
+from inference.chat import ChatModel, InTurn, TooLongError, Turn, describe, examples, load_chat_model
 from inference.markdown import INVISIBLE, as_markdown, as_typed
 from inference.reading import CompletionReader, Reading
 from runs.config import UserError, at_the_door, parse_config, require, run_script
@@ -30,14 +30,6 @@ ANSWERS_AT_ONCE = 4
 QUEUE_LENGTH = 32
 
 QUESTION_CHARACTERS = 8_000
-
-EXAMPLES = (
-    "12 + 34 + 56 = ?",
-    "Mia has 3 boxes of 12 pencils. She gives 7 pencils away. How many does she have left?",
-    "For which x is x² − 5x + 6 = 0?",
-)
-# The built-in model knows nothing but sums.
-SUMS = ("12 + 34 + 56 = ?", "7 + 81 + 15 = ?", "98 + 76 + 54 = ?")
 
 
 @dataclass(frozen=True)
@@ -316,7 +308,7 @@ class ChatPage:
                 latex_delimiters=LATEX_DELIMITERS,
                 buttons=["copy", "copy_all"],
                 placeholder="## What shall we work out?",
-                examples=[{"text": text} for text in (SUMS if self.model.single_question else EXAMPLES)],
+                examples=[{"text": text} for text in examples(self.model)],
             )
             status = gr.Markdown(elem_id="status", container=False)
             question = gr.Textbox(

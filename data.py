@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from prompts import TAGS, format_completion
 from tasks import SPLITS, TASKS, Problem, make_problems
 
-__all__ = ["SPLITS", "Problem", "load_problems", "problem_order", "take"]
+__all__ = ["SPLITS", "Problem", "load_problems", "problem_order", "read_problems", "take"]
 
 
 class HubSet(NamedTuple):
@@ -162,6 +162,20 @@ def load_problems(
         kept = set(sorted(range(len(problems)), key=lambda i: (_rank(problems[i].question), i))[:limit])
         problems = [problem for i, problem in enumerate(problems) if i in kept]
     return problems
+
+
+def read_problems(file: str) -> list[Problem]:
+    """Every problem of a JSONL, CSV or Parquet file, in its order; a gold need not be there.
+
+    Raises:
+        ValueError: another kind of file, or a row without a question, with its place.
+        FileNotFoundError: no such file.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file!r}; give one of questions ({', '.join(EXTENSIONS)})")
+    source = _find_source(str(Path(file).absolute()))
+    (piece,) = source.pieces
+    return _read_problems(source, piece, question_column=None, answer_column=None, require_gold=False)
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:

@@ -46,11 +46,24 @@ def load_tokenizer(
         # Only ever a filler: masks are built from lengths, so an EOS used as padding is still trained where
         # it counts.
         tokenizer.pad_token = tokenizer.eos_token
+    set_system_prompt(tokenizer, system_prompt, name, **how)
+    return tokenizer
+
+
+def set_system_prompt(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, name: str, **how: Any
+) -> None:
+    """Let a tokenizer's chat template ask with a system prompt (`prompts.prepare_tokenizer`, which has `how`).
+
+    Raises:
+        ValueError: the template of the model `name` refuses it, and stays as it was.
+    """
+    before = tokenizer.chat_template
     try:
         prompts.prepare_tokenizer(tokenizer, system_prompt, **how)
     except ValueError as error:
+        tokenizer.chat_template = before
         raise ValueError(f"model {name!r} cannot be asked: {error}") from error
-    return tokenizer
 
 
 def load_any_tokenizer(name: str, trust_remote_code: bool = False, **sides: str) -> PreTrainedTokenizerBase:

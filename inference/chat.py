@@ -3,10 +3,13 @@
     python -m inference.chat --model outputs/grpo/final
     python -m inference.chat --model outputs/grpo/final --question "12 + 34 + 56 = ?"
     python -m inference.chat --model outputs/grpo/final --engine_url http://127.0.0.1:8000/v1
+    python -m inference.chat --model outputs/grpo/final --input problems.jsonl --output answers.jsonl
 
 Torch is imported only when a model is loaded, and not where a server has it.
 """
 
+import json
+import os
 import re
 import sys
 import threading
@@ -14,12 +17,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TextIO
 
 import prompts
-from inference import Engine, SamplingParams
+from data import Problem, read_problems
+from inference import Completion, Engine, SamplingParams
 from inference.reading import CompletionReader, Reading
 from inference.server_engine import ServerEngine
+from runs.config import UserError, at_the_door, parse_config, require, run_script
 
 # People see no more: a reading joins the whole text, and is made at most this often.
 READINGS_PER_SECOND = 20
@@ -28,6 +34,14 @@ READINGS_PER_SECOND = 20
 SINGLE_QUESTION_PARAMETERS = 10_000_000
 # Behind a server its parameters cannot be counted; its tokens can.
 SINGLE_QUESTION_VOCABULARY = 1_000
+
+EXAMPLES = (
+    "12 + 34 + 56 = ?",
+    "Mia has 3 boxes of 12 pencils. She gives 7 pencils away. How many does she have left?",
+    "For which x is x² − 5x + 6 = 0?",
+)
+# The built-in model knows nothing but sums.
+SUMS = ("12 + 34 + 56 = ?", "7 + 81 + 15 = ?", "98 + 76 + 54 = ?")
 
 # ------------------------------------------------------------------------------------------------------------
 # A model to talk to
@@ -56,7 +70,7 @@ class InTurn:
             self._changed.notify_all()
 
 
-class TooLongError(ValueError):
+class TooLongError(UserError):
     """The conversation does not fit into the model's context; the message is for the person who asked."""
 
 
@@ -120,7 +134,7 @@ class ChatModel:
             step = nullcontext()
         prompt = prompts.render_prompt(self.tokenizer, self.messages(turns))
         prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-        params = self._fitted(params, len(prompt_ids))
+        params = self.fitted(params, len(prompt_ids))
         reader = CompletionReader(self.tokenizer, prompts.completion_prefix(prompt))
         shown_at = -1.0
         with closing(self.engine.stream(prompt_ids, params, seed)) as tokens:
@@ -136,7 +150,12 @@ class ChatModel:
                     yield reader.reading()
                     shown_at = time.monotonic()
 
-    def _fitted(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
+    def fitted(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
+        """`params` with no more tokens than the context has room for.
+
+        Raises:
+            TooLongError: it has none.
+        """
         if self.context_tokens is None:
             return params
         room = self.context_tokens - prompt_tokens
@@ -192,40 +211,65 @@ def load_chat_model(
     )
 
 
+def examples(model: ChatModel) -> Sequence[str]:
+    """Questions that fit the model."""
+    return SUMS if model.single_question else EXAMPLES
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The terminal
 
-HELP = "/retry answers again, /clear starts over, /quit leaves; Ctrl-C stops an answer"
+HELP = (
+    "/retry answers again, /system TEXT changes the system prompt, /clear starts over, /quit leaves; "
+    "Ctrl-C stops an answer"
+)
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Chat with a model in the terminal.
-
-    Attributes:
-        model: model folder, or a name on the Hugging Face Hub.
-        engine_url: an OpenAI-compatible server (vLLM, mlx_lm.server, llama.cpp) that has the model, up to its
-            /v1; the key in PONDER_API_KEY.
-        served_model: the model's name on that server, where it has several.
-        system_prompt: replaces the one saved with the model; the empty text takes it away.
-        trust_remote_code: run Python code that the model brings; read it first.
-        temperature: 0 takes the likeliest token; higher is more varied.
-        top_p: draw from the likeliest tokens that together reach this probability; 1 keeps all.
-        max_completion_tokens: longest completion, thought included.
-        seed: same seed, same answers.
-        question: answer this and exit.
-    """
+    """What the chat is started with."""
 
     model: str
+    """model folder, or a name on the Hugging Face Hub"""
     engine_url: str | None = None
+    """an OpenAI-compatible server (vLLM, mlx_lm.server, llama.cpp) that has the model and answers, up to its
+    /v1; the key in PONDER_API_KEY"""
     served_model: str | None = None
+    """the model's name on that server, where it has several"""
     system_prompt: str | None = None
+    """replaces the one saved with the model; the empty text takes it away"""
     trust_remote_code: bool = False
+    """run Python code that the model brings; read it first"""
     temperature: float = 0.0
+    """0 takes the likeliest token; higher is more varied"""
     top_p: float = 1.0
+    """draw from the likeliest tokens that together reach this probability; 1 keeps all"""
     max_completion_tokens: int = 512
+    """longest completion, thought included"""
     seed: int = 0
+    """same seed, same answers"""
     question: str | None = None
+    """answer this and exit"""
+    demo: bool = False
+    """answer a handful of examples and exit"""
+    input: str | None = None
+    """answer every question of this JSONL, CSV or Parquet file and exit; not those that `output` answers"""
+    output: str | None = None
+    """the JSONL file that the answers to `input` are added to"""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done, naming the field."""
+        require(self, "seed", at_least=0)
+        SamplingParams(self.max_completion_tokens, self.temperature, top_p=self.top_p)
+        given = [name for name in ("question", "demo", "input") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} cannot be done at once; give one of them")
+        if bool(self.input) != bool(self.output):
+            raise ValueError("input and output belong together: questions and answers; give both")
+        if self.output and (Path(self.output).is_dir() or not Path(self.output).parent.is_dir()):
+            raise ValueError(
+                f"output {self.output!r} cannot be written; give a file in a folder that is there"
+            )
 
 
 class Transcript:
@@ -306,6 +350,9 @@ def converse(model: ChatModel, config: ChatConfig, params: SamplingParams, out: 
         if line == "/clear":
             turns = []
             continue
+        if line.split(maxsplit=1)[:1] == ["/system"]:
+            print(change_system_prompt(model, line.removeprefix("/system").strip()), file=out)
+            continue
         if line == "/retry" and turns:
             attempt += 1
             if config.temperature == 0:
@@ -323,6 +370,17 @@ def converse(model: ChatModel, config: ChatConfig, params: SamplingParams, out: 
             turns.pop()
 
 
+def change_system_prompt(model: ChatModel, text: str) -> str:
+    """Ask with another system prompt from now on, or with none; returns what to tell of it."""
+    from tokenizer import set_system_prompt
+
+    try:
+        set_system_prompt(model.tokenizer, text, model.name)
+    except ValueError as error:
+        return str(error)
+    return "The next answer follows it." if text else "No system prompt from now on."
+
+
 def read_line(out: TextIO) -> str | None:
     """The next line that is typed; None at the end of the input."""
     try:
@@ -334,24 +392,109 @@ def read_line(out: TextIO) -> str | None:
         return ""
 
 
+# ------------------------------------------------------------------------------------------------------------
+# A file of questions
+
+
+def answer_file(
+    model: ChatModel, config: ChatConfig, problems: Sequence[Problem], params: SamplingParams
+) -> None:
+    """Add the answers that `config.output` does not have yet, a line each, in the order of `problems`.
+
+    Raises:
+        UserError: a question that does not fit into the context, or an output that holds other answers.
+    """
+    from tqdm import tqdm
+
+    texts = [prompts.render_prompt(model.tokenizer, problem.question) for problem in problems]
+    prompt_ids = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    for number, token_ids in enumerate(prompt_ids, start=1):
+        try:
+            params = model.fitted(params, len(token_ids))
+        except TooLongError as error:
+            raise UserError(f"question {number} of {config.input} does not fit: {error}") from error
+    first = written = count_answers(Path(config.output), problems, model.name)
+    waiting: dict[int, Completion] = {}
+
+    def take(prompt: int, _: int, completion: Completion) -> None:
+        nonlocal written
+        waiting[first + prompt] = completion
+        while written in waiting:
+            row = answer_row(model, problems[written], texts[written], waiting.pop(written))
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            written += 1
+        bar.update()
+
+    with (
+        Path(config.output).open("a", encoding="utf-8") as file,
+        tqdm(total=len(problems), initial=first, unit="answer", dynamic_ncols=True) as bar,
+    ):
+        model.engine.generate(prompt_ids[first:], 1, params, (config.seed,), first, take)
+
+
+def answer_row(model: ChatModel, problem: Problem, prompt: str, completion: Completion) -> dict[str, Any]:
+    """A line of the output: `data.load_problems` reads it where the question came with its gold."""
+    text = prompts.completion_prefix(prompt)
+    text += model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    parsed = prompts.parse_completion(text)
+    return {
+        "question": problem.question,
+        **({"gold": problem.gold} if problem.gold else {}),
+        "model": model.name,
+        "thought": parsed.thought,
+        "answer": parsed.answer_text.strip() if parsed.answer is None else parsed.answer,
+        "completion": text,
+        "tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def count_answers(output: Path, problems: Sequence[Problem], model_name: str) -> int:
+    """How many answers an output has from before; a last line that was not finished is taken off it.
+
+    Raises:
+        UserError: its lines are no answers of this model to these problems.
+    """
+    if not output.exists():
+        return 0
+    whole = output.read_bytes().rpartition(b"\n")
+    lines = whole[0].splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            is_ours = (row["question"], row["model"]) == (problems[number - 1].question, model_name)
+        except (ValueError, LookupError, TypeError):
+            is_ours = False
+        if not is_ours:
+            raise UserError(
+                f"{output}:{number} is no answer of {model_name} to that question of the input; "
+                "give another output"
+            )
+    os.truncate(output, len(whole[0]) + len(whole[1]))
+    return len(lines)
+
+
 def main(config: ChatConfig) -> None:
-    """Load the model, then answer one question or chat."""
+    """Load the model, then answer what was asked, or chat."""
     params = SamplingParams(
         max_completion_tokens=config.max_completion_tokens, temperature=config.temperature, top_p=config.top_p
     )
-    served = (config.engine_url, config.served_model)
-    model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code, *served)
-    if config.question is None:
+    with at_the_door():
+        problems = read_problems(config.input) if config.input else []
+        served = (config.engine_url, config.served_model)
+        model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code, *served)
+    if config.input:
+        answer_file(model, config, problems, params)
+    elif config.demo:
+        for question in examples(model):
+            print(f"> {question}")
+            answer_turn(model, [Turn(question)], params, (config.seed, 0), sys.stdout)
+    elif config.question is None:
         converse(model, config, params, sys.stdout)
     else:
         answer_turn(model, [Turn(config.question)], params, (config.seed, 0), sys.stdout)
 
 
 if __name__ == "__main__":
-    import jsonargparse
-
-    try:
-        main(jsonargparse.auto_cli(ChatConfig, as_positional=False))
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, lambda: parse_config(ChatConfig))

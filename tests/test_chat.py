@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import random
 import runpy
@@ -10,17 +11,23 @@ from pathlib import Path
 import pytest
 from scripted import ByteTokenizer, scripted_model
 
+import inference.chat
 import prompts
-from inference import SamplingParams
+from inference import Completion, SamplingParams, StreamedToken
 from inference.chat import (
+    EXAMPLES,
+    SUMS,
     ChatConfig,
+    ChatModel,
     TooLongError,
     Transcript,
     Turn,
     answer_turn,
     converse,
+    main,
 )
 from inference.reading import CompletionReader, ThoughtSplitter, TokenDecoder
+from runs.config import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -312,6 +319,34 @@ def test_commands_of_the_terminal_chat(monkeypatch):
     assert model.engine.seeds == [(7, 0), (7, 1), (7, 0), (7, 0)]
 
 
+def test_the_system_prompt_changes_with_the_next_question(monkeypatch):
+    tokenizer = pytest.importorskip("models", reason="needs torch").build_tiny_tokenizer()
+    asked = []
+
+    class Echo:
+        def stream(self, prompt, params, seed):
+            asked.append(tokenizer.decode(prompt))
+            yield StreamedToken(tokenizer.eos_token_id, 0.0, "stop")
+
+    model = ChatModel("tiny", Echo(), tokenizer)
+    lines = ["/system Be brief.", "1", "/system   ", "2", "/systemic", "3"]
+    shown = chat(model, lines, monkeypatch)
+    asks = "<|user|>{}<|end|><|assistant|>".format
+    assert asked == ["<|system|>Be brief.<|end|>" + asks(1), asks(2), asks(3)]
+    assert "follows it" in shown
+    assert "No system prompt" in shown
+    assert shown.count("/system TEXT") == 1  # no such command as /systemic
+
+
+def test_a_template_that_refuses_a_system_prompt_keeps_the_chat_as_it_was(monkeypatch):
+    tokenizer = pytest.importorskip("models", reason="needs torch").build_tiny_tokenizer()
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no roles') }}{% endif %}Q"
+    tokenizer.chat_template = before = prompts.PREPARED_MARK + refuses
+    shown = chat(ChatModel("gemma", None, tokenizer), ["/system Be brief."], monkeypatch)
+    assert "'gemma' cannot be used with a system prompt: no roles" in shown
+    assert tokenizer.chat_template == before
+
+
 def test_a_question_that_does_not_fit_is_told_and_the_chat_goes_on(monkeypatch):
     model = scripted_model("<answer>1</answer>", context_tokens=60)
     shown = chat(model, ["x" * 100, "short"], monkeypatch)
@@ -345,6 +380,154 @@ def test_control_c_stops_the_answer_and_not_the_chat():
     assert turn.question == "q"
     assert "stopped" in out.getvalue()
     assert model.engine.computed.get("[user] q\n[assistant] ", 0) < 1000
+
+
+def run(monkeypatch, model, **settings):
+    """The chat's main, with `model` in the place of the one that it would load."""
+    monkeypatch.setattr(inference.chat, "load_chat_model", lambda *_: model)
+    main(ChatConfig(model="scripted", **settings))
+
+
+def test_the_demo_asks_what_fits_the_model(monkeypatch, capsys):
+    for questions, settings in ((EXAMPLES, {}), (SUMS, {"single_question": True})):
+        model = scripted_model("<answer>7</answer>", **settings)
+        run(monkeypatch, model, demo=True)
+        assert capsys.readouterr().out == "".join(f"> {question}\n7\n" for question in questions)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"question": "1", "demo": True}, "question and demo cannot be done at once"),
+        ({"input": "a.jsonl"}, "input and output belong together"),
+        ({"output": "a.jsonl"}, "input and output belong together"),
+        ({"input": "a.jsonl", "output": "nowhere/b.jsonl"}, "output 'nowhere/b.jsonl' cannot be written"),
+        ({"input": "a.jsonl", "output": "."}, "output '.' cannot be written"),
+        ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"seed": -1}, "seed must be >= 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ChatConfig(model="tiny", **wrong)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A file of questions
+
+
+class Answering:
+    """Answers every prompt by its length; the last ones first, up to `dies_after`."""
+
+    def __init__(self, dies_after=None):
+        self.dies_after, self.asked = dies_after, []
+
+    def generate(self, prompt_ids, n, params, seed, first_prompt, on_completion):
+        assert n == 1
+        self.asked.append((len(prompt_ids), params.max_completion_tokens, seed, first_prompt))
+        order = sorted(range(len(prompt_ids)), key=lambda number: (number // 2, -number))  # 1, 0, 3, 2, ...
+        for count, number in enumerate(order):
+            if count == self.dies_after:
+                raise KeyboardInterrupt
+            text = f"<think>{len(prompt_ids[number])}</think><answer>{first_prompt + number}</answer>"
+            on_completion(number, 0, Completion(list(text.encode()), [], "stop"))
+
+
+@pytest.fixture
+def problems_file(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i} + ü = ?"}) + "\n" for i in range(7)))
+    return path
+
+
+def answer(monkeypatch, path, engine, **about):
+    output = path.with_name("answers.jsonl")
+    about = {"name": "scripted", **about}
+    model = ChatModel(engine=engine, tokenizer=ByteTokenizer(), **about)
+    run(monkeypatch, model, input=str(path), output=str(output), seed=3)
+    return output
+
+
+def test_a_file_of_questions_is_answered_in_its_order(monkeypatch, problems_file, capsys):
+    engine = Answering()
+    output = answer(monkeypatch, problems_file, engine, context_tokens=100)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["question"] for row in rows] == [f"{i} + ü = ?" for i in range(7)]
+    assert [row["answer"] for row in rows] == [str(i) for i in range(7)]
+    prompt = "[user] 0 + ü = ?\n[assistant] "
+    assert rows[0] | {"tokens": 0} == {
+        "question": "0 + ü = ?",
+        "model": "scripted",
+        "thought": str(len(prompt.encode())),
+        "answer": "0",
+        "completion": f"<think>{len(prompt.encode())}</think><answer>0</answer>",
+        "tokens": 0,
+        "finish_reason": "stop",
+    }
+    assert engine.asked == [(7, 100 - len(prompt.encode()), (3,), 0)]
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "7/7" in told.err
+
+
+@pytest.mark.parametrize("torn", ["", '{"question": "2 + ü'])
+def test_what_was_answered_before_is_not_asked_again(monkeypatch, problems_file, torn):
+    output = answer(monkeypatch, problems_file, Answering())
+    whole = output.read_text()
+    output.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        answer(monkeypatch, problems_file, Answering(dies_after=3))
+    assert output.read_text() == "".join(
+        whole.splitlines(keepends=True)[:2]
+    )  # the fourth waits for the third
+    with output.open("a") as file:
+        file.write(torn)
+    engine = Answering()
+    answer(monkeypatch, problems_file, engine)
+    assert output.read_text() == whole
+    assert [asked[0::3] for asked in engine.asked] == [(5, 2)]
+    answer(monkeypatch, problems_file, engine)
+    assert output.read_text() == whole
+    assert engine.asked[-1][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("no JSON", "scripted"),
+        ("[1]", "scripted"),
+        ('{"question": "0 + ü = ?"}', "scripted"),
+        ('{"question": "another", "model": "scripted"}', "scripted"),
+        ('{"question": "0 + ü = ?", "model": "scripted"}', "another"),
+    ],
+)
+def test_an_output_of_other_answers_is_left_alone(monkeypatch, problems_file, line, name):
+    output = problems_file.with_name("answers.jsonl")
+    output.write_text(line + "\n")
+    with pytest.raises(UserError, match=f"{output}:1 is no answer of {name} .*give another output"):
+        answer(monkeypatch, problems_file, Answering(), name=name)
+    assert output.read_text() == line + "\n"
+    rows = [{"question": f"{i} + ü = ?", "model": "scripted"} for i in range(8)]  # one more than asked
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=f"{output}:8 is no answer|{output}:1 is no answer of another"):
+        answer(monkeypatch, problems_file, Answering(), name=name)
+
+
+def test_a_bad_file_of_questions_is_refused_before_a_model_is_loaded(monkeypatch, problems_file):
+    problems_file.write_text('{"question": "1 + 1 = ?"}\n{"question": ""}\n')
+    monkeypatch.setattr(inference.chat, "load_chat_model", lambda *_: pytest.fail("loaded"))
+    output = problems_file.with_name("answers.jsonl")
+    with pytest.raises(UserError, match=f"{problems_file}:2: .*empty"):
+        main(ChatConfig(model="scripted", input=str(problems_file), output=str(output)))
+    assert not output.exists()
+
+
+def test_a_question_of_a_file_that_does_not_fit_is_named(monkeypatch, problems_file):
+    with problems_file.open("a") as file:
+        file.write(json.dumps({"question": "9" * 100}) + "\n")
+    with pytest.raises(UserError, match=f"question 8 of {problems_file} does not fit: .*at most 60"):
+        answer(monkeypatch, problems_file, Answering(), context_tokens=60)
+    assert not problems_file.with_name("answers.jsonl").exists()
 
 
 def test_a_missing_model_is_one_message_and_exit_code_2(monkeypatch, capsys):

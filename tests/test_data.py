@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import data
-from data import HubSet, Problem, load_problems, problem_order, take
+from data import HubSet, Problem, load_problems, problem_order, read_problems, take
 from prompts import format_completion, parse_completion
 from tasks import TASKS, make_problems
 
@@ -82,6 +82,29 @@ def test_built_in_tasks_import_neither_torch_nor_datasets():
 
 # ------------------------------------------------------------------------------------------------------------
 # Files and folders
+
+
+@pytest.mark.parametrize("extension", WRITERS)
+@pytest.mark.parametrize("stem", ["problems", "train", "validation"])
+@pytest.mark.filterwarnings("error")
+def test_a_file_of_questions_is_read_whole_and_in_order_whatever_its_name(tmp_path, extension, stem):
+    rows = [{"problem": f"What is {i} + 1?"} for i in range(30)]
+    path = WRITERS[extension](tmp_path / f"{stem}{extension}", rows)
+    problems = read_problems(path)
+    assert [problem.question for problem in problems] == [row["problem"] for row in rows]
+    assert {problem.gold for problem in problems} == {None}
+
+
+def test_a_file_of_questions_that_cannot_be_read_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file 'arithmetic'; give one of questions \(\.jsonl"):
+        read_problems("arithmetic")
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"question": "1 + 1"}\n{"question": " "}\n')
+    with pytest.raises(ValueError, match=rf"{path}:2: the question .*is empty"):
+        read_problems(str(path))
+    path.write_text('{"question": "1 + 1"}\n{"question"\n')
+    with pytest.raises(ValueError, match=rf"{path}:2: not a line of JSON"):
+        read_problems(str(path))
 
 
 @pytest.mark.parametrize("extension", WRITERS)

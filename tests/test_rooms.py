@@ -45,7 +45,7 @@ ROOMS = {
     # Whoever talks through an engine.
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
-    "inference.chat": ["inference.*", "models", "prompts", "tokenizer"],
+    "inference.chat": ["data", "inference.*", "models", "prompts", "runs.config", "tokenizer"],
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
         *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "prompts"],

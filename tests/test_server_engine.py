@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from openai_server import serving
@@ -444,9 +445,8 @@ def test_streams_from_a_server_do_not_wait_for_one_another(tiny, tiny_folder):
     tokenizer = tiny[1]
     with serving(ScriptedTokens(tokenizer, THOUGHTFUL), tokenizer) as server:
         model = load_chat_model(tiny_folder, engine_url=server.url)
-        taken = threading.Lock()
-        with taken:  # somebody else's turn
-            *_, last = model.stream([Turn("3 + 4 = ?")], SamplingParams(99, 0.0), (0,), taken)
+        somebody_elses = MagicMock(__enter__=MagicMock(side_effect=AssertionError("waits for its turn")))
+        *_, last = model.stream([Turn("3 + 4 = ?")], SamplingParams(99, 0.0), (0,), somebody_elses)
     assert last.finish_reason == "stop"
 
 
