@@ -53,7 +53,7 @@ def load_tokenizer(
 def set_system_prompt(
     tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, name: str, **how: Any
 ) -> None:
-    """Let a tokenizer's chat template ask with a system prompt (`prompts.prepare_tokenizer`, which has `how`).
+    """Let a tokenizer's chat template ask with a system prompt (`prompts.prepare_tokenizer` has `how`).
 
     Raises:
         ValueError: the template of the model `name` refuses it, and stays as it was.

@@ -553,7 +553,8 @@ def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int:
     if config.model != GRPOConfig.model or (Path(config.model) / "config.json").is_file():
         return 0
     accelerator.print(f"{config.model} is not there yet: running the cold start first (python train_sft.py)")
-    same_task = {"data": config.data, "data_options": config.data_options, "seed": config.seed}
+    shared = ("data", "data_options", "seed", "log_level")
+    same_task = {name: getattr(config, name) for name in shared}
     code = cold_start(SFTConfig(**same_task), accelerator)
     accelerator.free_memory()
     return code
@@ -592,7 +593,7 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory["budget"], run.stop)
     engine = TorchEngine(model, tokenizer)
     engine.memory = run.memory["sampler"] or engine.memory
-    run.log.say(f"{config.algo} from {config.model} on {config.data}: {told}")
+    run.log.console.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     training = Training(
         *(config, accelerator, tokenizer, problems, Scorer(reward_set), engine),
         *(policy, reference, optimizer, scheduler, micro_batches, run),

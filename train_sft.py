@@ -163,7 +163,7 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
     attend_fast(model)
     engine = TorchEngine(model, tokenizer)
     run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
-    run.log.say(f"cold start of {config.model} on {config.data}: {told}")
+    run.log.console.say(f"cold start of {config.model} on {config.data}: {told}")
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory.get("budget"), run.stop)
     movers = (policy, optimizer, scheduler, micro_batches)

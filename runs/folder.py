@@ -45,6 +45,7 @@ HARMLESS = {
     "output",
     "resume",
     "tracker",
+    "log_level",
     "save_every",
     "keep_checkpoints",
     "eval_every",
@@ -258,7 +259,7 @@ class Run:
         accelerator.wait_for_everyone()
         if not accelerator.trackers:  # a run that goes back keeps them
             start_trackers(accelerator, self.folder, config)
-        self.log = RunLog(self.folder, accelerator, config.total_steps, self.step)
+        self.log = RunLog(self.folder, accelerator, config.total_steps, self.step, config.log_level)
         self.watchdog = Watchdog(config)
         told = (read_rows(self.folder / name)[0] for name in ("metrics.jsonl", "eval.jsonl"))
         self.watchdog.replay(*told)
@@ -266,7 +267,7 @@ class Run:
         self.found = self.watchdog.start(trained)
         self.log.found(self.found)  # and kept with the next step
         if start.checkpoint is not None:
-            self.log.say(f"going on from {start.checkpoint}")
+            self.log.console.say(f"going on from {start.checkpoint}")
 
     def seed_dropout(self, update: int = 0) -> None:
         """Begin the random numbers of a step's update: they belong to (seed, step, update, process), so that
@@ -289,7 +290,9 @@ class Run:
         if not bad:
             return
         file = self._keep_incident(f"step-{self.step:06d}", {"causes": causes, "rows": rows})
-        self.log.say(f"step {self.step}: {len(bad)} of {len(causes)} updates left out ({bad[0]}); see {file}")
+        self.log.console.warn(
+            f"step {self.step}: {len(bad)} of {len(causes)} updates left out ({bad[0]}); see {file}"
+        )
         if self.bad_in_a_row >= self.config.max_bad_updates:
             self.diverged = f"{self.bad_in_a_row} updates in a row were not finite ({bad[-1]})"
 
@@ -310,14 +313,14 @@ class Run:
             )
         # What runs away has done so for a window of steps; bad updates have changed nothing.
         since = self.step - (0 if self.bad_in_a_row >= self.config.max_bad_updates else WINDOW)
-        checkpoint = latest_checkpoint(self.folder, self.log.say, until=since)
+        checkpoint = latest_checkpoint(self.folder, self.log.console.warn, until=since)
         told = {"cause": self.diverged, "to": str(checkpoint)}
         self._keep_incident(f"rollback-{self.rollbacks + 1}", told)
-        self.log.say(
+        self.log.console.warn(
             f"step {self.step}: {self.diverged}; going back to {checkpoint or 'the beginning'} at half the "
             "learning rate"
         )
-        self.log.bar.close()
+        self.log.console.bar.close()
         self.accelerator.wait_for_everyone()
         return Start(self.folder, checkpoint, is_rollback=True)
 
@@ -355,7 +358,7 @@ class Run:
 
         if error := self._write(save):
             last = latest_checkpoint(self.folder) or "none"
-            self.log.say(
+            self.log.console.warn(
                 f"step {self.step}: the checkpoint could not be written ({error}); the last good one is "
                 f"{last}. Free some space; the next one is tried as usual"
             )
@@ -387,7 +390,9 @@ class Run:
         if accuracy > self.best_accuracy:
             # Not before it is there: where the disk is full, the next evaluation as good may try again.
             if error := self._write(lambda: write_folder(self.folder / "best", self._save_model)):
-                self.log.say(f"step {self.step}: best/ could not be written ({error}), and stays as it was")
+                self.log.console.warn(
+                    f"step {self.step}: best/ could not be written ({error}), and stays as it was"
+                )
             else:
                 self.best_accuracy = accuracy
 
@@ -407,7 +412,7 @@ class Run:
         if stop.agreed:
             saved = self.folder / "checkpoints" / f"step-{self.step:06d}"
             usable = f" A model to use: {saved}" if saved.is_dir() else ""
-            self.log.say(f"stopped after {self.step} steps; the same command goes on.{usable}")
+            told = f"stopped after {self.step} steps; the same command goes on.{usable}"
         else:
             if error := self._write(lambda: write_folder(self.folder / "final", self._save_model)):
                 raise RunStopped(
@@ -415,11 +420,12 @@ class Run:
                     f"goes on from {latest_checkpoint(self.folder)}"
                 )
             if self.enough:
-                self.log.say(f"enough after {self.step} steps: {self.enough}")
-            self.log.say(f"final model: {self.folder / 'final'}")
+                self.log.console.say(f"enough after {self.step} steps: {self.enough}")
+            told = f"final model: {self.folder / 'final'}"
+        self.log.console.say(told, always=True)
         if self.accelerator.is_main_process:
             write_report(self.folder)
-            self.log.say(f"learning curve: {self.folder / 'report.html'}")
+            self.log.console.say(f"learning curve: {self.folder / 'report.html'}")
             lock.release(self.folder, os.getpid())
         self.log.close()
         return stop.exit_code if stop.agreed else 0

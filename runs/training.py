@@ -10,6 +10,7 @@ from models import Quantization, add_adapter, checkpoint_activations, load_model
 from optimizers import OptimizerName
 from prompts import AnswerStyle
 from runs.config import require
+from runs.console import LogLevel
 from tiny import is_tiny
 from tokenizer import ADAPTER, asking, load_tokenizer, require_same_architecture
 
@@ -109,6 +110,9 @@ class TrainingConfig:
     """auto: go on if the run's folder has a checkpoint; never: start over; or a checkpoint's folder."""
     tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
     """Where metrics go besides `metrics.jsonl`; install its package. WANDB_MODE=offline keeps W&B offline."""
+    log_level: LogLevel = "info"
+    """quiet: what goes wrong, and how it ends; info: also evaluations, and a line for each twentieth of the
+    run or, where steps are slow, for each step; debug: a line a step."""
 
     @property
     def trains_tiny(self) -> bool:

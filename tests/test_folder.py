@@ -33,6 +33,7 @@ class Settings:
     options: dict[str, Any] = field(default_factory=dict)
     resume: str = "auto"
     tracker: str = "none"
+    log_level: str = "info"
     save_every: int = 2
     keep_checkpoints: int = 5
 

@@ -1,6 +1,5 @@
-"""What a run tells: JSON lines, aligned lines, trackers, and cutting back after a resume."""
+"""What a run tells: JSON lines, trackers, and cutting back after a resume."""
 
-import io
 import json
 import math
 import os
@@ -72,13 +71,6 @@ def test_what_the_watchdog_found_stands_in_its_step_and_on_the_console(log, tmp_
     assert rows(tmp_path / "eval.jsonl")[0]["watchdog"][0]["cause"] == "reward_hacking"
 
 
-def test_a_loss_of_nothing_is_explained(log, capsys):
-    log.step(1, STEP | {"policy/loss": -0.0})
-    assert "loss -0.0000 (normal: on-policy)" in capsys.readouterr().out
-    log.step(40, STEP | {"policy/loss": 0.5})
-    assert "normal" not in capsys.readouterr().out
-
-
 def test_lines_are_cut_back_to_what_a_checkpoint_knew(log, tmp_path):
     log.step(1, {"policy/loss": 1.0})
     log.rollouts([{"completion": "größer"}])  # offsets are bytes, not characters
@@ -103,59 +95,6 @@ def test_a_file_shorter_than_the_checkpoint_knew_is_not_filled_up(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n')
     cut_lines(tmp_path, {"metrics.jsonl": 1000})
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n'
-
-
-# ------------------------------------------------------------------------------------------------------------
-# On the screen
-
-
-def test_a_pipe_gets_aligned_lines_and_no_progress_bar(log, capfd):
-    for step in range(1, 41):
-        log.step(step, {**STEP, "train/accuracy": step / 40, "policy/loss": (-1) ** step * step / 4})
-    told = capfd.readouterr()
-    assert told.err == ""
-    lines = told.out.splitlines()
-    # The first step, every twentieth part of the run, and the last.
-    assert [int(line.split("/")[0].removeprefix("step")) for line in lines] == [1, *range(2, 41, 2)]
-    assert "\r" not in told.out
-    assert len({len(line) for line in lines}) == 1
-    for name in (
-        "reward",
-        "accuracy",
-        "loss",
-        "entropy",
-        "grad",
-        "tokens",
-        "no signal",
-        "generate",
-        "update",
-    ):
-        assert len({line.index(f" {name} ") for line in lines}) == 1, name
-    assert lines[0].startswith("step  1/40  reward  0.500  accuracy   2.5%  loss -0.2500")
-    assert lines[-1].startswith("step 40/40  reward  0.500  accuracy 100.0%  loss 10.0000")
-
-
-def test_a_step_without_a_metric_leaves_its_column_out(log, capsys):
-    log.step(1, {"policy/loss": 5.9361, "policy/learning_rate": 0.1})
-    assert capsys.readouterr().out == "step  1/40  loss  5.9361\n"
-
-
-def test_an_evaluation_is_told_with_its_interval(log, capsys):
-    log.evaluation(7, "validation", {"accuracy_strict": 0.015, "ci95": [0.005, 0.0432], "n": 200})
-    assert (
-        capsys.readouterr().out
-        == "step  7/40  validation accuracy 1.5% (95 % interval 0.5% to 4.3%, n = 200)\n"
-    )
-
-
-def test_a_terminal_gets_a_progress_bar_that_goes_on_where_the_run_does(tmp_path, monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr("sys.stderr", terminal)
-    log = RunLog(tmp_path / "grpo", Accelerator(), total_steps=40, first_step=10)
-    log.close()
-    assert "grpo:  25%" in terminal.getvalue()
-    assert "10/40" in terminal.getvalue()
 
 
 def test_other_processes_write_and_say_nothing(tmp_path, capsys, monkeypatch):

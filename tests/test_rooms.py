@@ -32,7 +32,8 @@ ROOMS = {
     "updates": ["batches", "losses", "optimizers", "rollouts"],
     "runs": ["models", "runs.*"],
     "runs.config": [],
-    "runs.training": ["models", "optimizers", "prompts", "runs.config", "tiny", "tokenizer"],
+    "runs.console": [],
+    "runs.training": ["models", "optimizers", "prompts", "runs.config", "runs.console", "tiny", "tokenizer"],
     "runs.loop": ["memory", "runs.folder", "runs.signals"],
     # Engines: tokens in, tokens out.
     "inference": [],
