@@ -34,7 +34,8 @@ from runs.checkpoint import (
 )
 from runs.config import RunStopped, at_the_door, to_yaml
 from runs.metrics import LINES, RunLog, cut_lines, line_offsets, start_trackers
-from runs.report import read_rows, write_report
+from runs.records import read_rows
+from runs.report import write_report
 from runs.signals import StopRequest
 from runs.watchdog import RUNAWAY, WINDOW, Watchdog
 

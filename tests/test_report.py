@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import runs.report
-from runs.report import PANELS, write_report
+from runs import charts, figures, records
+from runs.charts import PANELS
+from runs.report import write_report
 
 HOSTILE = (
     "</pre></article><script>alert('owned')</script><img src=x onerror=alert(1)>\"'&amp;\x00\x1b[2J\u202e"
@@ -202,7 +203,7 @@ def test_the_spread_of_rewards_is_one_chart(folder):
 
 
 def test_known_metrics_are_logged_by_the_scripts():
-    source = "".join(Path(runs.report.__file__).parents[1].joinpath(name).read_text() for name in SCRIPTS)
+    source = "".join(Path(charts.__file__).parents[1].joinpath(name).read_text() for name in SCRIPTS)
     for _, _, keys in PANELS:
         for key in keys:
             # `policy/<name>` is put together from the names of the loss's figures.
@@ -246,11 +247,11 @@ def test_points_stand_where_the_axes_say(folder):
 def test_a_spike_in_a_long_run_is_still_drawn():
     points = [(step, 1.0) for step in range(20_000)]
     points[12_345] = (12_345, 50.0)
-    kept = runs.report._thin(points)
+    kept = charts._thin(points)
     assert len(kept) <= 500
     assert (12_345, 50.0) in kept
     assert kept == sorted(kept)
-    smooth = runs.report._smooth(points)
+    smooth = charts._smooth(points)
     assert len(smooth) == 150
     assert [smooth[0][0], smooth[-1][0]] == [0, 19_999]
     assert max(value for _, value in smooth) == pytest.approx(1 + 49 / 1001)
@@ -267,7 +268,7 @@ def test_a_spike_in_a_long_run_is_still_drawn():
     ],
 )
 def test_ticks_are_round_and_hold_all_values(low, high, expected):
-    assert runs.report._ticks(low, high, 4) == pytest.approx(expected)
+    assert charts._ticks(low, high, 4) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -284,11 +285,11 @@ def test_ticks_are_round_and_hold_all_values(low, high, expected):
     ],
 )
 def test_an_axis_has_a_length_whatever_the_values(values, shares):
-    ticks = runs.report._value_ticks(values, shares)
+    ticks = charts._value_ticks(values, shares)
     assert ticks == sorted(set(ticks))
     assert 2 <= len(ticks) <= 8
     assert all(ticks[0] <= value <= ticks[-1] for value in values)
-    assert len({runs.report._number(tick, shares) for tick in ticks}) == len(ticks)  # no label stands twice
+    assert len({figures.number(tick, shares) for tick in ticks}) == len(ticks)  # no label stands twice
 
 
 @pytest.mark.parametrize(
@@ -305,14 +306,14 @@ def test_an_axis_has_a_length_whatever_the_values(values, shares):
     ],
 )
 def test_numbers_are_short(value, shares, told):
-    assert runs.report._number(value, shares) == told
+    assert figures.number(value, shares) == told
 
 
 @pytest.mark.parametrize(
     ("seconds", "told"), [(2.84, "2.8 s"), (42, "42 s"), (420, "7 min"), (8000, "2 h 13 min")]
 )
 def test_durations_read_as_people_say_them(seconds, told):
-    assert runs.report._duration(seconds) == told
+    assert figures.duration(seconds) == told
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -351,7 +352,7 @@ def test_verdict_has_three_outcomes_and_a_cut_is_told(folder):
 
 
 def test_only_the_ends_of_a_large_file_are_read_and_cut_lines_are_left_out(folder, monkeypatch):
-    monkeypatch.setattr(runs.report, "ROLLOUT_BYTES", 2000)
+    monkeypatch.setattr(records, "ROLLOUT_BYTES", 2000)
     path = folder / "rollouts.jsonl"
     with open(path, "r+b") as file:
         size = path.stat().st_size

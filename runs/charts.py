@@ -1,0 +1,248 @@
+"""The curves of runs: which there are, and SVG written by hand.
+
+It takes the page's colours in light and dark, weighs a few kilobytes, and costs training no import.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runs.figures import count, is_reading, number
+from runs.page import safe
+from runs.records import Record
+from runs.watchdog import FINDINGS
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        label: its name in the legend.
+        points: (step, value), in order of steps, all finite.
+        band: (step, low, high), where there is an interval.
+        marked: draw every point: they are few, and each one counts.
+        lost: values left out because they are not finite.
+    """
+
+    label: str
+    points: list[tuple[float, float]]
+    band: list[tuple[float, float, float]]
+    marked: bool = False
+    lost: int = 0
+
+
+# Title, whether the values are shares, and the metrics with their labels. The first one that a run has stands
+# large beside its accuracy. What a run logs beyond these gets a chart of its own: nothing measured is hidden.
+PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
+    ("Mean reward", False, {"train/reward": "reward"}),
+    ("Loss", False, {"policy/loss": "loss"}),
+    ("Completion tokens", False, {"rollout/completion_tokens": "tokens"}),
+    (
+        "Form of completions",
+        True,
+        {"train/format_rate": "well formed", "rollout/truncated_fraction": "cut off at the limit"},
+    ),
+    ("Groups without a signal", True, {"rollout/zero_variance_groups": "all rewards equal"}),
+    ("Entropy per token", False, {"policy/entropy": "nats"}),
+    ("Gradient norm", False, {"policy/grad_norm": "before clipping"}),
+    ("KL", False, {"policy/kl": "to the reference", "policy/approx_kl": "within an update"}),
+    ("Clipped tokens", True, {"policy/clip_fraction": "share"}),
+    (
+        "Time per step",
+        False,
+        {"time/generate_s": "generate, s", "time/score_s": "score, s", "time/update_s": "update, s"},
+    ),
+)
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str, label: str) -> Series:
+    """The values of a metric over the steps."""
+    values = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    points = [(step, value) for step, value in values if is_reading(value)]
+    return Series(label, points, [], lost=len(values) - len(points))
+
+
+def _accuracy_series(evaluations: Sequence[dict[str, Any]]) -> list[Series]:
+    """Accuracy with its interval, one series a set."""
+    found = []
+    for name in dict.fromkeys(row["set"] for row in evaluations):
+        rows = [row for row in evaluations if row["set"] == name and is_reading(row["accuracy_strict"])]
+        points = [(row["step"], row["accuracy_strict"]) for row in rows]
+        found.append(Series(name, points, [(row["step"], *row["ci95"]) for row in rows], marked=True))
+    return found
+
+
+def draw_charts(run: Record) -> str:
+    """Every curve of the run, the learning curve first."""
+    metrics, last_step = run.metrics, run.last_step
+    logged = dict.fromkeys(key for row in metrics for key in row if key not in ("step", FINDINGS))
+    accuracy = _accuracy_series(run.evaluations)
+    if "train/accuracy" in logged:
+        accuracy.append(_series(metrics, "train/accuracy", "training samples"))
+    parts = {
+        key: key.removeprefix("rewards/")
+        for key in logged
+        if key.startswith("rewards/") and not key.endswith(("/undecided_fraction", *SPREAD))
+    }
+    stds = {f"{key}/std": label for key, label in parts.items()}
+    of_parts = ("Reward by part, unweighted", False, parts), ("Standard deviation of rewards", False, stds)
+    panels = [*PANELS[:2], *of_parts, *PANELS[2:]]
+    shown = {"train/accuracy"}.union(*(keys for _, _, keys in panels))
+    shown |= {key for key in logged if key.endswith(SPREAD)}
+    panels += [
+        (_headline(key), key.endswith("fraction"), {key: key.partition("/")[0]})
+        for key in logged
+        if key not in shown
+    ]
+    panels = [panel for panel in panels if panel[2].keys() & logged.keys()]
+    charts = [_chart("Accuracy", accuracy, last_step, shares=True, size=LARGE)]
+    for position, (title, shares, keys) in enumerate(panels):
+        lines = [_series(metrics, key, label) for key, label in keys.items() if key in logged]
+        charts.append(_chart(title, lines, last_step, shares, SMALL if position else LARGE))
+    if not any(charts):
+        return ""
+    return (
+        "<h2>Curves</h2><p>Over steps. A band is a 95% interval; a faint line is every step, the strong one "
+        "its moving mean; the figure in a legend is the last.</p>"
+        f'<div class="large">{"".join(charts[:2])}</div><div class="small">{"".join(charts[2:])}</div>'
+    )
+
+
+def _headline(key: str) -> str:
+    return key.rpartition("/")[2].replace("_", " ").capitalize()
+
+
+SPREAD = ("/min", "/max", "/std")  # of a reward: the last has a chart, the others say little over steps
+LARGE, SMALL = (480, 240), (310, 170)  # in the pixels that they take on a wide screen
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 24  # what axis labels need around a chart
+
+
+def _chart(
+    title: str,
+    lines: Sequence[Series],
+    last_step: int,
+    shares: bool = False,
+    size: tuple[int, int] = SMALL,
+) -> str:
+    """One chart with its legend; nothing where no line has a point.
+
+    Args:
+        title: above it.
+        lines: what it shows.
+        last_step: the right end of the axis, the same in every chart of a report.
+        shares: values are in [0, 1] and told as percentages.
+        size: width and height.
+    """
+    width, height = size
+    lines = [line for line in lines if line.points or line.lost]
+    values = [value for line in lines for _, value in line.points]
+    values += [edge for line in lines for _, *edges in line.band for edge in edges]
+    if not lines:
+        return ""
+    ticks = _value_ticks(values, shares)
+    steps = _ticks(0, max(last_step, 1), 5, least=1)
+
+    def place(step: float, value: float) -> str:
+        x = LEFT + (width - LEFT - RIGHT) * step / max(last_step, 1)
+        y = height - BOTTOM - (height - TOP - BOTTOM) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+        return f"{x:.1f},{y:.1f}"
+
+    drawn = []
+    for value in ticks:
+        x, y = place(0, value).split(",")
+        drawn.append(f'<path class="grid" d="M{x},{y}H{width - RIGHT}"/>')
+        drawn.append(f'<text x="{LEFT - 7}" y="{y}" dy=".32em" class="end">{number(value, shares)}</text>')
+    for step in steps:
+        if step <= max(last_step, 1):
+            x = place(step, ticks[0]).partition(",")[0]
+            drawn.append(f'<text x="{x}" y="{height - 6}" class="mid">{step:g}</text>')
+    # The last is drawn first: the line that a chart is about lies on top.
+    for position, line in reversed(list(enumerate(lines))):
+        drawn.append(f'<g class="c{position % 6}">{_line(line, place, shares)}</g>')
+    legend = "".join(
+        f'<span class="c{position % 6}"><i></i>{safe(line.label)}'
+        f"<b>{number(line.points[-1][1], shares) if line.points else '–'}</b></span>"
+        for position, line in enumerate(lines)
+    )
+    lost = sum(line.lost for line in lines)
+    note = f'<p class="warning">{count(lost, "value")} not finite, left out</p>' if lost else ""
+    return (
+        f"<figure><figcaption><h3>{safe(title)}</h3><div>{legend}</div></figcaption>"
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{safe(title)} over steps">'
+        f"{''.join(drawn)}</svg>{note}</figure>"
+    )
+
+
+def _line(line: Series, place: Any, shares: bool) -> str:
+    """The marks of one series: its band, its values, and where they are many, their moving mean on top."""
+    drawn = ""
+    if len(line.band) > 1:
+        edge = [place(step, high) for step, _, high in line.band]
+        edge += [place(step, low) for step, low, _ in reversed(line.band)]
+        drawn += f'<polygon class="band" points="{" ".join(edge)}"/>'
+    elif line.band:
+        step, low, high = line.band[0]
+        drawn += f'<path class="whisker" d="M{place(step, low)}L{place(step, high)}"/>'
+    is_noisy = len(line.points) >= 40 and not line.marked
+    if len(line.points) > 1:
+        path = " ".join(place(*point) for point in _thin(line.points))
+        drawn += f'<polyline class="{"raw" if is_noisy else "line"}" points="{path}"/>'
+    if is_noisy:
+        path = " ".join(place(*point) for point in _smooth(line.points))
+        drawn += f'<polyline class="line" points="{path}"/>'
+    if line.marked or len(line.points) == 1:
+        intervals = {step: f", {low:.1%} to {high:.1%}" for step, low, high in line.band}
+        for step, value in line.points:
+            x, y = place(step, value).split(",")
+            told = f"step {step}: {number(value, shares)}{intervals.get(step, '')}"
+            drawn += f'<circle cx="{x}" cy="{y}" r="3"><title>{told}</title></circle>'
+    return drawn
+
+
+def _thin(points: Sequence[tuple[float, float]], buckets: int = 250) -> list[tuple[float, float]]:
+    """At most two points a bucket, its lowest and its highest: a spike stays a spike."""
+    if len(points) <= 2 * buckets:
+        return list(points)
+    kept = []
+    for i in range(buckets):
+        bucket = points[i * len(points) // buckets : (i + 1) * len(points) // buckets]
+        kept += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
+    return kept
+
+
+def _smooth(points: Sequence[tuple[float, float]], places: int = 150) -> list[tuple[float, float]]:
+    """The mean over a window of a twentieth of the run, at some places along it."""
+    half = max(2, len(points) // 40)
+    count = min(places, len(points))
+    middles = [round(number * (len(points) - 1) / (count - 1)) for number in range(count)]
+    return [
+        (points[middle][0], statistics.fmean(p[1] for p in points[max(0, middle - half) : middle + half + 1]))
+        for middle in middles
+    ]
+
+
+def _value_ticks(values: Sequence[float], shares: bool) -> list[float]:
+    """Ticks that hold all values, and zero where it is near."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if 0 < low <= high / 2 or (shares and low < 0.5):
+        low = 0.0
+    if high < 0 and high >= low / 2:
+        high = 0.0
+    if high - low <= 1e-3 * max(abs(low), abs(high)):  # flat as far as labels of four digits can tell
+        margin = abs(high) / 10 or 1.0
+        low, high = (low if low == 0 else low - margin), high + margin
+        high = min(high, 1.0) if shares else high
+        low = low if high > low else high - 0.1
+    return _ticks(low, high, 4)
+
+
+def _ticks(low: float, high: float, count: int, least: float = 0.0) -> list[float]:
+    """Round numbers from `low` or under it to `high` or over it, about `count` steps of 1, 2 or 5 apart."""
+    rough = max((high - low) / count, least)
+    power = 10.0 ** math.floor(math.log10(rough))
+    size = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    return [number * size for number in range(first, last + 1)]

@@ -1,0 +1,99 @@
+"""What a run's folder tells, whole or not."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runs.figures import is_reading
+
+ROLLOUT_BYTES = 1 << 20  # read of each end of rollouts.jsonl, which may hold gigabytes
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its folder tells it; what is missing there is empty here.
+
+    Attributes:
+        folder: the run's.
+        config: as resolved.
+        environment: versions, device, command.
+        metrics: a row a step.
+        evaluations: a row an evaluation.
+        broken: lines of these two that could not be read.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    broken: int
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def last_step(self) -> int:
+        """The last step of which anything is told."""
+        return max([row["step"] for row in [*self.metrics, *self.evaluations]], default=0)
+
+    @property
+    def seconds(self) -> float:
+        """Spent in steps; evaluation and saving are not counted."""
+        seconds = [value for row in self.metrics for key, value in row.items() if key.startswith("time/")]
+        return math.fsum(value for value in seconds if is_reading(value))
+
+
+def read_run(folder: Path) -> Record:
+    """Read what a run's folder holds."""
+    metrics, broken_metrics = read_rows(folder / "metrics.jsonl")
+    evaluations, broken_evaluations = read_rows(folder / "eval.jsonl")
+    config, environment = _read_yaml(folder / "config.yaml"), _read_json(folder / "environment.json")
+    return Record(folder, config, environment, metrics, evaluations, broken_metrics + broken_evaluations)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a JSONL file, and how many of its lines could not be read (a kill cuts the last one)."""
+    if not path.is_file():
+        return [], 0
+    return _parse_lines(path.read_bytes().splitlines())
+
+
+def _parse_lines(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], int]:
+    rows, broken = [], 0
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            broken += 1
+    return rows, broken
+
+
+def read_ends(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows from the beginning and from the end of a JSONL file, without reading what lies between."""
+    if not path.is_file():
+        return [], []
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(ROLLOUT_BYTES)
+        file.seek(max(0, size - ROLLOUT_BYTES))
+        tail = file.read()
+    # The cut goes through a line at the end of the one and at the beginning of the other.
+    head_lines = head.split(b"\n")[: -1 if size > ROLLOUT_BYTES else None]
+    tail_lines = tail.split(b"\n")[1 if size > ROLLOUT_BYTES else 0 :]
+    return _parse_lines(filter(None, head_lines))[0], _parse_lines(filter(None, tail_lines))[0]
