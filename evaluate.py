@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data import Problem, load_problems
 from exam import Answer, hold_exam, summarise, worth_imitating
 from figures import pass_at_k
+from folders import reads_with_mlx
 from inference import Engine, SamplingParams
 from inference.engine import TorchEngine
 from inference.server_engine import ServerEngine
@@ -120,9 +121,13 @@ class Result:
 
 
 def load_engine(config: EvaluateConfig, name: str, tokenizer: Any, device: Any) -> Engine:
-    """What answers: the model, loaded here, or the server that has it."""
+    """What answers: the server that has the model, mlx-lm where it was converted for it, else torch."""
     if config.engine_url:
         return ServerEngine(config.engine_url, tokenizer, name, config.served_model)
+    if reads_with_mlx(name):
+        from inference import mlx_engine
+
+        return mlx_engine.load_engine(name, tokenizer)[0]
     model = load_model(name, device=device, trust_remote_code=config.trust_remote_code)
     return TorchEngine(model, tokenizer)
 

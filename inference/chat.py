@@ -5,7 +5,7 @@
     python -m inference.chat --model outputs/grpo/final --engine_url http://127.0.0.1:8000/v1
     python -m inference.chat --model outputs/grpo/final --input problems.jsonl --output answers.jsonl
 
-Torch is imported only when a model is loaded, and not where a server has it.
+Torch or mlx-lm is imported only when a model is loaded, and neither where a server has it.
 """
 
 import json
@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import prompts
 from data import Problem, read_problems
+from folders import reads_with_mlx
 from inference import Completion, Engine, SamplingParams
 from inference.reading import CompletionReader, Reading
 from inference.server_engine import ServerEngine
@@ -177,7 +178,8 @@ def load_chat_model(
     """Load a model folder or Hub name for chatting, onto the accelerator where there is one.
 
     Args:
-        name: see `models.load_model`; behind a server its tokenizer alone is loaded.
+        name: see `models.load_model`; behind a server its tokenizer alone is loaded; what was converted for
+            mlx-lm, and anything where there is no torch, goes to mlx-lm.
         system_prompt: see `prompts.prepare_tokenizer`.
         trust_remote_code: run Python code that the model brings.
         engine_url: an OpenAI-compatible server that has the model, up to its `/v1`; None computes here.
@@ -192,6 +194,8 @@ def load_chat_model(
         engine = ServerEngine(engine_url, tokenizer, name, served_model)
         is_small = len(tokenizer) < SINGLE_QUESTION_VOCABULARY
         return ChatModel(name, engine, tokenizer, engine.context_tokens, is_small, computes_here=False)
+    if reads_with_mlx(name):
+        return _load_with_mlx(name, tokenizer)
     import torch
 
     import models
@@ -214,6 +218,21 @@ def load_chat_model(
 def examples(model: ChatModel) -> Sequence[str]:
     """Questions that fit the model."""
     return SUMS if model.single_question else EXAMPLES
+
+
+def _load_with_mlx(name: str, tokenizer: Any) -> ChatModel:
+    from mlx_lm.utils import get_total_parameters
+
+    from inference.mlx_engine import load_engine
+
+    engine, config = load_engine(name, tokenizer)
+    return ChatModel(
+        name=name,
+        engine=engine,
+        tokenizer=tokenizer,
+        context_tokens=config.get("max_position_embeddings"),
+        single_question=get_total_parameters(engine.model) < SINGLE_QUESTION_PARAMETERS,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,11 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+# On a processor, MLX calls a C++ compiler for whatever it fuses: seconds each, and the same numbers.
+os.environ["MLX_DISABLE_COMPILE"] = "1"
 
-from functools import cache  # noqa: E402 - after the variable above
+import copy  # noqa: E402 - after the variables above
+from functools import cache  # noqa: E402 - after the variables above
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -102,6 +105,20 @@ def chat_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=CHATML
     )
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory, random_model, chat_tokenizer):
+    """Saves a random model by architecture, in float32, with a tokenizer; shared, so leave it as it is."""
+    from models import save_model
+
+    @cache
+    def save(name):
+        folder = tmp_path_factory.mktemp(name)
+        save_model(folder, copy.deepcopy(random_model(name)).float(), chat_tokenizer)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")

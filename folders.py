@@ -1,0 +1,56 @@
+"""What reads a model's folder: torch or mlx-lm. Known without either."""
+
+import importlib.util
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from tokenizer import ADAPTER
+
+
+def require_whole(name: str) -> None:
+    """Refuse an adapter, which MLX would look for another format of.
+
+    Raises:
+        ValueError: the folder holds an adapter alone.
+    """
+    if (Path(name) / ADAPTER).is_file():
+        raise ValueError(
+            f"model {name!r} is an adapter, without the weights that it was trained on; merge them first, "
+            f"where torch is: python export.py --run {name} --to {name}-merged --merge"
+        )
+
+
+def is_mlx(name: str) -> bool:
+    """Did mlx-lm write this folder? It says so in the head of the weights."""
+    for file in Path(name).glob("model*.safetensors"):
+        # What is damaged is told by whoever reads the weights.
+        with suppress(SafetensorError), safe_open(file, framework="numpy") as weights:
+            return (weights.metadata() or {}).get("format") == "mlx"
+    return False
+
+
+def reads_with_mlx(name: str) -> bool:
+    """Is this model for mlx-lm: in its format, or is there no torch to read any other?
+
+    Raises:
+        ValueError: it is, and mlx-lm is not installed.
+    """
+    if not is_mlx(name) and importlib.util.find_spec("torch"):
+        return False
+    require_mlx(f"model {name!r}")
+    return True
+
+
+def require_mlx(what: str) -> None:
+    """Refuse what cannot be done without mlx-lm.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if importlib.util.find_spec("mlx_lm") is None:
+        raise ValueError(
+            f"{what} needs mlx-lm, which is not installed; pip install -r requirements-mac.txt, and on Linux "
+            "also 'mlx[cpu]'"
+        )

@@ -1,0 +1,245 @@
+"""The engine of Apple's machines: the same protocol as `TorchEngine` over mlx-lm, without torch.
+
+mlx-lm computes: its models, its batches with whoever ends leaving at once, its caches. Ours is what the
+protocol promises: who draws which random number, and when the computation stops.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+from mlx import nn
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from folders import require_whole
+from inference import Completion, FinishReason, SamplingParams, StreamedToken
+
+# The first tokens of a text stay in a window: attention rests on them (StreamingLLM, arXiv 2309.17453).
+SINKS = 4
+
+Step = TypeVar("Step")
+Finished = list[tuple[int, Completion]]
+
+
+def load_engine(name: str, tokenizer: Any) -> tuple["MLXEngine", dict[str, Any]]:
+    """A model of a folder or a Hub name, in mlx-lm's format or Hugging Face's, and its configuration.
+
+    Args:
+        name: what mlx-lm reads.
+        tokenizer: of the model (`tokenizer.load_tokenizer`); tells what ends a completion.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: an adapter alone, or an architecture that mlx-lm has not.
+    """
+    require_whole(name)
+    model, _, config = mlx_lm.load(name, return_config=True)
+    stop = config.get("eos_token_id")  # the generation configuration's, where it has one
+    stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    return MLXEngine(model, stop), config
+
+
+class MLXEngine:
+    """Samples from a model of mlx-lm; see `inference.Engine`.
+
+    A chain that outgrows `window` goes on with its first tokens and its latest in the cache. Tokens keep the
+    numbers of their places in the text, as mlx-lm has it.
+    """
+
+    def __init__(self, model: nn.Module, stop_token_ids: set[int], window: int | None = None) -> None:
+        """Wrap a model.
+
+        Args:
+            model: of mlx-lm.
+            stop_token_ids: each ends a completion.
+            window: tokens in a row's cache at most; None keeps all.
+        """
+        self.model = model
+        self.stop_token_ids = stop_token_ids
+        self.window = window
+        maybe_set_recommended_wired_limit()  # weights that nearly fill the memory stay in it
+        # MLX ties what it has not computed yet to the thread that asked for it, and a page asks from many.
+        self._thread = ThreadPoolExecutor(1, "mlx")
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        seed: Sequence[int],
+        first_prompt: int = 0,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample `n` completions of each prompt; see `inference.Engine.generate`.
+
+        Raises:
+            ValueError: a prompt does not fit into the window.
+        """
+        keys = [
+            (*seed, first_prompt + prompt, sample) for prompt in range(len(prompts)) for sample in range(n)
+        ]
+        results: list[list[Any]] = [[None] * n for _ in prompts]
+        with closing(self._on_thread(self._decode(prompts, n, params, keys))) as steps:
+            for finished in steps:
+                for row, completion in finished:
+                    results[row // n][row % n] = completion
+                    if on_completion:
+                        on_completion(row // n, row % n, completion)
+        return results
+
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams, seed: Sequence[int]
+    ) -> Iterator[StreamedToken]:
+        """Sample one completion token by token; nothing is asked for after the iterator is closed."""
+        return self._on_thread(self._tokens(prompt, params, (*seed, 0, 0)))
+
+    def _on_thread(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """What an iterator yields, every step of it taken on the engine's thread, in turn with others'."""
+        try:
+            while (step := self._thread.submit(next, steps, None).result()) is not None:
+                yield step
+        finally:
+            self._thread.submit(steps.close)
+
+    def _tokens(
+        self, prompt: Sequence[int], params: SamplingParams, key: tuple[int, ...]
+    ) -> Iterator[StreamedToken]:
+        sampler = RowSampler(params, key)
+        limit = params.max_completion_tokens
+        cache = self._make_cache(len(prompt), limit)
+        steps = generate_step(
+            mx.array(prompt), self.model, max_tokens=limit, sampler=sampler, prompt_cache=cache
+        )
+        with closing(steps):
+            for count, (token, _) in enumerate(steps, start=1):
+                reason = self._finish_reason(token, count, limit)
+                yield StreamedToken(token, sampler.logprobs[count - 1].item(), reason)
+                if reason:
+                    return
+
+    def _finish_reason(self, token: int, count: int, limit: int) -> FinishReason | None:
+        return "stop" if token in self.stop_token_ids else "length" if count == limit else None
+
+    def _make_cache(self, prompt_tokens: int, limit: int) -> list[Any]:
+        cache = make_prompt_cache(self.model)
+        if not self._outgrows(prompt_tokens, limit):
+            return cache
+        if prompt_tokens >= self.window:
+            # mlx-lm hides the first tokens from a prompt that rolls through the window.
+            raise ValueError(
+                f"a prompt of {prompt_tokens} tokens does not fit into a window of {self.window}; "
+                "give a larger window"
+            )
+        # Layers that have a window of their own keep it.
+        return [RotatingKVCache(self.window, SINKS) if type(layer) is KVCache else layer for layer in cache]
+
+    def _outgrows(self, prompt_tokens: int, limit: int) -> bool:
+        return self.window is not None and prompt_tokens + limit > self.window
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, keys: list[tuple[int, ...]]
+    ) -> Iterator[Finished]:
+        """Yield, a step at a time, the rows that have finished, as (prompt x n + sample, completion)."""
+        limit = params.max_completion_tokens
+        alone = [row for row in range(len(keys)) if self._outgrows(len(prompts[row // n]), limit)]
+        together = sorted(set(range(len(keys))) - set(alone))
+        if together:
+            yield from self._decode_together(together, [prompts[row // n] for row in together], params, keys)
+        for row in alone:  # mlx-lm's batches know no sinks
+            ids, logprobs = [], []
+            for token in self._tokens(prompts[row // n], params, keys[row]):
+                ids.append(token.token_id)
+                logprobs.append(token.logprob)
+                yield [(row, Completion(ids, logprobs, token.finish_reason))] if token.finish_reason else []
+
+    def _decode_together(
+        self,
+        rows: list[int],
+        prompts: list[Sequence[int]],
+        params: SamplingParams,
+        keys: list[tuple[int, ...]],
+    ) -> Iterator[Finished]:
+        generator = BatchGenerator(self.model, stop_tokens=[[token] for token in self.stop_token_ids])
+        with closing(generator):
+            samplers = [RowSampler(params, keys[row]) for row in rows]
+            limits = [params.max_completion_tokens] * len(rows)
+            uids = generator.insert([list(prompt) for prompt in prompts], limits, samplers=samplers)
+            live = {uid: ([], row, sampler) for uid, row, sampler in zip(uids, rows, samplers, strict=True)}
+            while live:
+                responses = generator.next_generated()
+                # What is computed lets go of the logits that it came from.
+                mx.eval([live[r.uid][2].logprobs[len(live[r.uid][0])] for r in responses])
+                finished = []
+                for response in responses:
+                    ids, row, sampler = live[response.uid]
+                    ids.append(response.token)
+                    if response.finish_reason:
+                        del live[response.uid]
+                        logprobs = [logprob.item() for logprob in sampler.logprobs[: len(ids)]]
+                        finished.append((row, Completion(ids, logprobs, response.finish_reason)))
+                yield finished
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Choosing a token
+
+
+class RowSampler:
+    """Chooses the tokens of one completion by random numbers of its own, whatever rows stand beside it.
+
+    Attributes:
+        logprobs: `[1, 1]` of each token, under the distribution it was drawn from; not yet computed.
+    """
+
+    def __init__(self, params: SamplingParams, key: Sequence[int]) -> None:
+        """Begin a completion.
+
+        Args:
+            params: temperature 0 takes the likeliest token.
+            key: of its random numbers, (*seed, prompt, sample).
+        """
+        self.logprobs: list[mx.array] = []
+        self._params = params
+        seed = np.random.SeedSequence(tuple(key)).generate_state(1, np.uint64)[0]
+        # One more than a completion has: mlx-lm computes a token ahead.
+        self._keys = mx.random.split(mx.random.key(int(seed)), params.max_completion_tokens + 1)
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """The next token `[1]`, from logits `[1, V]`."""
+        logprobs = warp(logits, self._params)
+        if self._params.temperature == 0:
+            token = logprobs.argmax(-1)
+        else:
+            token = mx.random.categorical(logprobs, key=self._keys[len(self.logprobs)])
+        self.logprobs.append(mx.take_along_axis(logprobs, token[:, None], axis=-1))
+        return token
+
+
+def warp(logits: mx.array, params: SamplingParams) -> mx.array:
+    """Log-probabilities `[B, V]` float32 of the distribution that a token is drawn from.
+
+    Temperature first, then top-k, top-p and min-p, each on what the one before kept, as in
+    `inference.sampling`. Temperature 0 (greedy) is scored under temperature 1.
+    """
+    logits = logits.astype(mx.float32)
+    if params.temperature not in (0.0, 1.0):
+        logits = logits / params.temperature
+    if params.top_k and params.top_k < logits.shape[-1]:
+        logits = apply_top_k(logits, params.top_k)
+    if params.top_p < 1.0:
+        logits = apply_top_p(log_softmax(logits), params.top_p)
+    if params.min_p > 0.0:
+        logits = apply_min_p(logits, params.min_p)
+    return log_softmax(logits)
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Log-probabilities `[..., V]`."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
