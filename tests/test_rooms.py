@@ -49,6 +49,9 @@ ROOMS = {
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
     "inference.chat": ["data", "folders", "inference.*", "models", "prompts", "runs.config", "tokenizer"],
+    "inference.convert_mlx": [
+        *["folders", "inference", "inference.mlx_engine", "prompts", "runs.config", "tokenizer"],
+    ],
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
         *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "prompts"],
@@ -128,6 +131,7 @@ TORCH_FREE = [
     "inference",
     "inference.chat",
     "folders",
+    "inference.convert_mlx",
     "inference.http",
     "inference.mlx_engine",
     "inference.reading",
@@ -231,7 +235,6 @@ def test_the_reader_of_imports_sees_them_all(source, expected):
 
 def test_the_tables_name_what_exists():
     """A row for a file that is gone, or written wrong, guards nothing."""
-    planned = {"inference.convert_mlx"}
     rows = [ROOMS, TORCH_FREE, *ROOMS.values(), *GUARDED.values()]
     named = {name.removesuffix(".*") for row in rows for name in row}
-    assert named - FILES.keys() <= planned
+    assert named <= FILES.keys()
