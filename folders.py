@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from tokenizer import ADAPTER
+ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
 
 
 def require_whole(name: str) -> None:

@@ -24,10 +24,11 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
+from folders import ADAPTER
 from llama import LLAMA_FAMILY, is_llama, predicting_states, without_adapter
 from losses import token_logprobs
 from tiny import TINY, build_tiny
-from tokenizer import ADAPTER, load_any_tokenizer, loading, require_model
+from tokenizer import load_any_tokenizer, loading, require_model
 
 # A bar for every file that is read or written is noise among a run's lines; the Hub's own bars stay.
 logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))

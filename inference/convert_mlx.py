@@ -23,7 +23,6 @@ from folders import is_mlx, require_mlx, require_whole
 from inference import SamplingParams
 from prompts import encode_prompt
 from runs.config import RunStopped, at_the_door, parse_config, run_script
-from tokenizer import load_tokenizer, require_model
 
 if TYPE_CHECKING:
     from inference.mlx_engine import MLXEngine
@@ -123,6 +122,7 @@ def greedy_answers(engine: "MLXEngine", prompts: list[list[int]], limit: int) ->
 def make_reference(folder: Path) -> list[dict[str, Any]]:
     """The rows of a parity.json, by mlx-lm as it reads a folder that is not yet converted."""
     from inference.mlx_engine import load_engine
+    from tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
     engine, _ = load_engine(str(folder), tokenizer)
@@ -198,6 +198,8 @@ def precision_of(engine: "MLXEngine", quantize: int | None) -> str:
 
 def check_folders(source: Path, target: Path) -> None:
     """Refuse what cannot be converted, and to overwrite anything."""
+    from tokenizer import require_model
+
     require_mlx("convert_mlx")
     if not source.is_dir():
         raise FileNotFoundError(f"model {str(source)!r} is no folder; give a model's folder")
@@ -231,6 +233,7 @@ def main(config: ConvertConfig) -> int:
     from mlx_lm.convert import convert
 
     from inference.mlx_engine import load_engine
+    from tokenizer import load_tokenizer
 
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -320,7 +320,8 @@ def test_commands_of_the_terminal_chat(monkeypatch):
 
 
 def test_the_system_prompt_changes_with_the_next_question(monkeypatch):
-    tokenizer = pytest.importorskip("models", reason="needs torch").build_tiny_tokenizer()
+    tiny = pytest.importorskip("tiny", reason="needs torch")
+    tokenizer = tiny.build_tiny_tokenizer()
     asked = []
 
     class Echo:
@@ -339,11 +340,12 @@ def test_the_system_prompt_changes_with_the_next_question(monkeypatch):
 
 
 def test_a_template_that_refuses_a_system_prompt_keeps_the_chat_as_it_was(monkeypatch):
-    tokenizer = pytest.importorskip("models", reason="needs torch").build_tiny_tokenizer()
+    tiny = pytest.importorskip("tiny", reason="needs torch")
+    tokenizer = tiny.build_tiny_tokenizer()
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no roles') }}{% endif %}Q"
     tokenizer.chat_template = before = prompts.PREPARED_MARK + refuses
     shown = chat(ChatModel("gemma", None, tokenizer), ["/system Be brief."], monkeypatch)
-    assert "'gemma' cannot be used with a system prompt: no roles" in shown
+    assert "'gemma' cannot be asked: the chat template cannot be used with a system prompt: no roles" in shown
     assert tokenizer.chat_template == before
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 from export import ExportConfig
-from folders import is_mlx, load_tokenizer, reads_with_mlx
+from folders import is_mlx, reads_with_mlx
 from inference import SamplingParams
 from inference.chat import Turn, load_chat_model
 from inference.convert_mlx import LIMITS, TIE, ConvertConfig, Parity, check_parity, is_same_answer
@@ -20,6 +20,7 @@ from inference.engine import TorchEngine
 from models import build_tiny, save_model
 from prompts import render_prompt
 from runs.config import RunStopped, UserError
+from tokenizer import load_tokenizer
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed (requirements-dev.txt)")
 from inference.mlx_engine import MLXEngine, load_engine  # noqa: E402 - after the skip above

@@ -22,8 +22,9 @@ ROOMS = {
     "batches": ["memory", "runs.config", "runs.signals"],
     "optimizers": [],
     "tiny": ["prompts"],
-    "tokenizer": ["prompts", "tiny"],
-    "models": ["llama", "losses", "tiny", "tokenizer"],
+    "folders": [],
+    "tokenizer": ["folders", "prompts", "tiny"],
+    "models": ["folders", "llama", "losses", "tiny", "tokenizer"],
     "figures": [],
     "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
     "rewards": ["prompts", "rewards.*"],
@@ -33,7 +34,16 @@ ROOMS = {
     "runs": ["models", "runs.*"],
     "runs.config": [],
     "runs.console": [],
-    "runs.training": ["models", "optimizers", "prompts", "runs.config", "runs.console", "tiny", "tokenizer"],
+    "runs.training": [
+        "folders",
+        "models",
+        "optimizers",
+        "prompts",
+        "runs.config",
+        "runs.console",
+        "tiny",
+        "tokenizer",
+    ],
     "runs.loop": ["memory", "runs.folder", "runs.signals"],
     # Engines: tokens in, tokens out.
     "inference": [],
@@ -43,7 +53,6 @@ ROOMS = {
     "inference.engine": ["inference", "inference.decoders", "inference.sampling", "memory"],
     "inference.http": [],
     "inference.server_engine": ["inference", "inference.http", "prompts"],
-    "folders": ["tokenizer"],
     "inference.mlx_engine": ["folders", "inference"],
     # Whoever talks through an engine.
     "inference.markdown": [],
@@ -59,7 +68,7 @@ ROOMS = {
     ],
     "train_grpo": [
         *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "prompts"],
-        *["rollouts", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
+        *["folders", "rollouts", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
     "evaluate": [
@@ -75,7 +84,7 @@ ROOMS = {
         "tokenizer",
     ],
     "app": ["data", "inference.*", "models", "prompts", "rewards.*", "runs.*"],
-    "export": ["inference.*", "models", "prompts", "runs.*", "tokenizer"],
+    "export": ["folders", "inference.*", "models", "prompts", "runs.*", "tokenizer"],
 }
 
 # Who alone may import a package from outside, anywhere in the file.
