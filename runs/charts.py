@@ -5,7 +5,7 @@ It takes the page's colours in light and dark, weighs a few kilobytes, and costs
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,12 @@ PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
         False,
         {"time/generate_s": "generate, s", "time/score_s": "score, s", "time/update_s": "update, s"},
     ),
+    ("Throughput of sampling", False, {"rollout/tokens_per_s": "tokens a second"}),
+    ("Peak memory", False, {"memory/peak_mib": "MiB"}),
 )
+# What rounding leaves where a metric is zero by construction: on the policy that sampled.
+ROUNDING = {"policy/loss": 5e-5, "policy/approx_kl": 1e-6, "rollout/sampler_mismatch_kl": 1e-6}
+SPREAD = ("/min", "/max", "/std")  # of a reward: the last has a chart, the others say little over steps
 
 
 def _series(rows: Sequence[dict[str, Any]], key: str, label: str) -> Series:
@@ -77,11 +82,36 @@ def _accuracy_series(evaluations: Sequence[dict[str, Any]]) -> list[Series]:
 
 def draw_charts(run: Record) -> str:
     """Every curve of the run, the learning curve first."""
-    metrics, last_step = run.metrics, run.last_step
-    logged = dict.fromkeys(key for row in metrics for key in row if key not in ("step", FINDINGS))
     accuracy = _accuracy_series(run.evaluations)
+    logged = dict.fromkeys(key for row in run.metrics for key in row if key not in ("step", FINDINGS))
     if "train/accuracy" in logged:
-        accuracy.append(_series(metrics, "train/accuracy", "training samples"))
+        accuracy.append(_series(run.metrics, "train/accuracy", "training samples"))
+    charts = [_chart("Accuracy", accuracy, run.last_step, shares=True, size=LARGE)]
+    left_out = []
+    for title, shares, keys in _panels(logged):
+        lines = []
+        for key, label in keys.items():
+            line = _series(run.metrics, key, label)
+            if _is_flat(key, line):
+                name = f"{title} {label}" if len(keys) > 1 else title
+                value = line.points[-1][1]
+                left_out.append(f"{name} {number(value * (abs(value) > ROUNDING.get(key, 0)), shares)}")
+            else:
+                lines.append(line)
+        if lines:
+            charts.append(_chart(title, lines, run.last_step, shares, SMALL if len(charts) > 1 else LARGE))
+    if not any(charts):
+        return ""
+    note = f"<p>Not drawn, since the same in every step: {safe('; '.join(left_out))}.</p>" if left_out else ""
+    return (
+        "<h2>Curves</h2><p>Over steps. A band is a 95% interval; a faint line is every step, the strong one "
+        "its moving mean; the figure in a legend is the last.</p>"
+        f'<div class="large">{"".join(charts[:2])}</div><div class="small">{"".join(charts[2:])}</div>{note}'
+    )
+
+
+def _panels(logged: Collection[str]) -> list[tuple[str, bool, dict[str, str]]]:
+    """The charts of what was logged, in the order of `PANELS`."""
     parts = {
         key: key.removeprefix("rewards/")
         for key in logged
@@ -90,32 +120,33 @@ def draw_charts(run: Record) -> str:
     stds = {f"{key}/std": label for key, label in parts.items()}
     of_parts = ("Reward by part, unweighted", False, parts), ("Standard deviation of rewards", False, stds)
     panels = [*PANELS[:2], *of_parts, *PANELS[2:]]
-    shown = {"train/accuracy"}.union(*(keys for _, _, keys in panels))
-    shown |= {key for key in logged if key.endswith(SPREAD)}
+    known = {"train/accuracy"}.union(*(keys for _, _, keys in panels))
     panels += [
         (_headline(key), key.endswith("fraction"), {key: key.partition("/")[0]})
         for key in logged
-        if key not in shown
+        if key not in known and not key.endswith(SPREAD)
     ]
-    panels = [panel for panel in panels if panel[2].keys() & logged.keys()]
-    charts = [_chart("Accuracy", accuracy, last_step, shares=True, size=LARGE)]
-    for position, (title, shares, keys) in enumerate(panels):
-        lines = [_series(metrics, key, label) for key, label in keys.items() if key in logged]
-        charts.append(_chart(title, lines, last_step, shares, SMALL if position else LARGE))
-    if not any(charts):
-        return ""
-    return (
-        "<h2>Curves</h2><p>Over steps. A band is a 95% interval; a faint line is every step, the strong one "
-        "its moving mean; the figure in a legend is the last.</p>"
-        f'<div class="large">{"".join(charts[:2])}</div><div class="small">{"".join(charts[2:])}</div>'
-    )
+    there = [
+        (title, shares, {k: v for k, v in keys.items() if k in logged}) for title, shares, keys in panels
+    ]
+    return [panel for panel in there if panel[2]]
+
+
+def _is_flat(key: str, line: Series) -> bool:
+    """Is there nothing to see: zero all along, or a metric of no panel that never changes?"""
+    values = [value for _, value in line.points]
+    if line.lost or not values:
+        return False
+    if max(map(abs, values)) <= ROUNDING.get(key, 0.0):
+        return True
+    has_panel = key.startswith("rewards/") or any(key in keys for _, _, keys in PANELS)
+    return not has_panel and len(values) > 1 and min(values) == max(values)
 
 
 def _headline(key: str) -> str:
     return key.rpartition("/")[2].replace("_", " ").capitalize()
 
 
-SPREAD = ("/min", "/max", "/std")  # of a reward: the last has a chart, the others say little over steps
 LARGE, SMALL = (480, 240), (310, 170)  # in the pixels that they take on a wide screen
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 24  # what axis labels need around a chart
 

@@ -173,9 +173,12 @@ def spaced(page):
 
 
 def test_every_metric_is_in_a_chart_known_or_not(folder):
-    extra = {"critic/explained_variance": 0.5, "rollout/odd_fraction": 0.25}
-    jsonl(folder / "metrics.jsonl", [metrics_row(step, **extra) for step in range(1, 61)])
-    assert Page(write_report(folder)).charts == [
+    rows = [metrics_row(step, **{"rollout/odd_fraction": 0.25}) for step in range(1, 61)]
+    for row in rows:
+        row["critic/explained_variance"] = row["step"] / 60
+    jsonl(folder / "metrics.jsonl", rows)
+    page = Page(write_report(folder))
+    assert page.charts == [
         "Accuracy",
         "Mean reward",
         "Loss",
@@ -183,10 +186,33 @@ def test_every_metric_is_in_a_chart_known_or_not(folder):
         "Groups without a signal",
         "Gradient norm",
         "Time per step",
-        "Undecided fraction",
         "Explained variance",
-        "Odd fraction",
     ]
+    # One that never changes is a number.
+    assert "the same in every step: Undecided fraction 0%; Odd fraction 25%." in page.text
+
+
+def test_what_is_zero_but_for_rounding_is_not_drawn(folder):
+    rounding = {
+        "policy/loss": 1e-9,
+        "policy/approx_kl": 3e-13,
+        "policy/kl": 0.01,
+        "policy/clip_fraction": 0.0,
+    }
+    rows = [metrics_row(step, **rounding) for step in range(1, 61)]
+    for row in rows:
+        row["policy/approx_kl"] *= row["step"]
+    jsonl(folder / "metrics.jsonl", rows)
+    page = Page(write_report(folder))
+    assert "Loss" not in page.charts
+    assert "Clipped tokens" not in page.charts
+    kl = page.source.partition("<h3>KL</h3>")[2].partition("</figure>")[0]
+    assert re.findall(r"</i>([^<]*)<b>", kl) == ["to the reference"]
+    told = "the same in every step: Loss 0; KL within an update 0; Clipped tokens 0%; Undecided fraction 0%."
+    assert told in page.text
+    rows[30]["policy/clip_fraction"] = 1e-3
+    jsonl(folder / "metrics.jsonl", rows)
+    assert "Clipped tokens" in Page(write_report(folder)).charts
 
 
 def test_the_spread_of_rewards_is_one_chart(folder):
@@ -463,7 +489,7 @@ def test_a_run_stopped_after_one_step_shows_its_points(folder):
     assert "only validation accuracy 10.0% before training" in spaced(page)
     assert [text for text in page.texts["h3"] if text.startswith("Step")] == ["Step 1"]
     assert "polyline" not in page.tags
-    assert page.tags.count("circle") == 11  # the evaluation and ten metrics
+    assert page.tags.count("circle") == 10  # the evaluation and nine metrics that are not zero
 
 
 def test_values_that_are_not_finite_are_left_out_and_counted(folder):
