@@ -10,7 +10,7 @@ def is_reading(value: float) -> bool:
     return math.isfinite(value) and abs(value) < LARGEST
 
 
-def number(value: float, shares: bool) -> str:
+def number(value: float, shares: bool = False) -> str:
     """A value in a few characters; a share as a percentage."""
     if shares:
         return f"{100 * value:.3g}%"

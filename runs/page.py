@@ -3,6 +3,7 @@
 Everything that comes from a run is hostile until it is escaped: a model may write any text.
 """
 
+from collections.abc import Iterable, Sequence
 from html import escape
 from string import Template
 from typing import Any
@@ -15,6 +16,16 @@ PICTURES = {code: f"[U+{code:04X}]" for code in [*HIDDEN, *range(0x2066, 0x206A)
 def safe(value: Any) -> str:
     """Anything as text for the page: the one door from a run's content to HTML."""
     return escape(str(value).translate(PICTURES))
+
+
+def wide_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table with a head; the first column names its rows."""
+    over = "".join(f"<th>{safe(cell)}</th>" for cell in head)
+    lines = "".join(
+        f"<tr><th>{safe(first)}</th>{''.join(f'<td>{safe(cell)}</td>' for cell in cells)}</tr>"
+        for first, *cells in rows
+    )
+    return f'<table class="wide"><tr>{over}</tr>{lines}</table>'
 
 
 PAGE = Template("""<!doctype html>
@@ -82,6 +93,8 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem; table-layout:
 th, td { padding: .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top;
   overflow-wrap: anywhere; }
 th { width: 42%; padding-right: 1rem; color: var(--soft); font-weight: 450; }
+.wide { table-layout: auto; margin-top: .6rem; }
+.wide th, .wide td { width: auto; padding-right: 1.2rem; font-variant-numeric: tabular-nums; }
 </style>
 </head>
 <body>

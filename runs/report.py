@@ -1,18 +1,18 @@
 """The report of a run: one HTML file with its figures, curves, samples and configuration."""
 
+import json
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runs.charts import draw_charts
-from runs.figures import count, duration
-from runs.page import PAGE, safe
-from runs.records import Record, read_ends, read_run
+from runs.figures import count, duration, number
+from runs.page import PAGE, safe, wide_table
+from runs.records import Record, read_run
+from runs.samples import show_samples
 from runs.watchdog import FINDINGS
 
-SAMPLES = 4  # rollouts shown of the first step and of the last
-TEXT_LIMIT = 4000  # characters shown of a completion
+INCIDENTS = 20  # shown, the last
 
 
 def write_report(folder: Path) -> Path:
@@ -40,7 +40,9 @@ def report_page(folder: Path) -> str:
         _tiles(run),
         _warnings(run),
         draw_charts(run),
-        _rollouts(folder / "rollouts.jsonl"),
+        _rewards(run),
+        _incidents(run),
+        show_samples(folder / "rollouts.jsonl"),
         _tables(run),
     )
     return PAGE.substitute(
@@ -94,59 +96,46 @@ def _when(row: dict[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Samples
+# Tables
 
 
-def _rollouts(path: Path) -> str:
-    """Completions of the first step and of the last, side by side."""
-    head, tail = read_ends(path)
-    if not head or not tail:
+def _rewards(run: Record) -> str:
+    """What every reward gave at first and gives now."""
+    first, last = (run.metrics[end] if run.metrics else {} for end in (0, -1))
+    keys = {"in all": "train/reward"} | {name: f"rewards/{name}" for name in run.config.get("rewards") or {}}
+    rows = [
+        [
+            name,
+            number(run.config["rewards"][name]) if key != "train/reward" else "",
+            *(number(row[key]) if key in row else "–" for row in (first, last)),
+            *(number(last[f"{key}/{figure}"]) for figure in ("std", "min", "max")),
+        ]
+        for name, key in keys.items()
+        if f"{key}/std" in last
+    ]
+    if not rows:
         return ""
-    first = [row for row in head if row["step"] == head[0]["step"]]
-    last = [row for row in tail if row["step"] == tail[-1]["step"]]
-    columns = [first, last] if first[0]["step"] != last[0]["step"] else [first]
-    shown = "".join(
-        f"<div><h3>Step {safe(rows[0]['step'])}</h3>{''.join(map(_rollout, _one_a_group(rows)))}</div>"
-        for rows in columns
+    head = ["", "weight", "mean at first", "mean now", "standard deviation", "least", "greatest"]
+    note = "<p>Over the completions of a step; each before it is weighted.</p>"
+    return f"<h2>Rewards</h2>{note}{wide_table(head, rows)}"
+
+
+def _incidents(run: Record) -> str:
+    """Updates that were not finite and left out, with where to look."""
+    files = sorted((run.folder / "incidents").glob("step-*.json"))
+    if not files:
+        return ""
+    rows = []
+    for file in files[-INCIDENTS:]:
+        incident = json.loads(file.read_text(encoding="utf-8"))
+        causes = [cause for cause in incident["causes"] if cause]
+        left_out = f"{len(causes)} of {len(incident['causes'])}"
+        rows.append([incident["step"], left_out, "; ".join(dict.fromkeys(causes)), f"incidents/{file.name}"])
+    told = f"{count(len(files), 'step')} with updates that were not finite" + (
+        f"; the last {INCIDENTS}" if len(files) > INCIDENTS else ""
     )
-    return (
-        "<h2>Completions</h2><p>One completion from each of a few groups, not picked by what it earned.</p>"
-        f'<div class="pair">{shown}</div>'
-    )
-
-
-def _one_a_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    groups: dict[Any, dict[str, Any]] = {}
-    for row in rows:
-        groups.setdefault(row["group"], row)
-    return list(groups.values())[:SAMPLES]
-
-
-def _rollout(row: dict[str, Any]) -> str:
-    verdict = {True: "correct", False: "wrong"}.get(row["correct"], "undecided")
-    extracted = "nothing" if row["extracted"] is None else row["extracted"]
-    parts = ", ".join(f"{name} {'–' if v is None else f'{v:g}'}" for name, v in row["rewards"].items())
-    facts = [f"answer {extracted}", f"expected {row['gold']}", f"reward {row['reward']:.3g} ({parts})"]
-    advantage = row["advantage"]
-    facts.append("not learned from" if advantage is None else f"advantage {advantage:+.2f}")
-    facts.append(count(row["tokens"], "token"))
-    facts += ["cut off"] if row["finish_reason"] == "length" else []
-    return (
-        f'<article><p class="question">{safe(_shorten(row["question"]))}</p>'
-        f"<pre>{safe(_shorten(row['completion']))}</pre>"
-        f'<p><b class="{verdict}">{verdict}</b> {safe(_shorten(" · ".join(facts)))}</p></article>'
-    )
-
-
-def _shorten(told: str) -> str:
-    if len(told) <= TEXT_LIMIT:
-        return told
-    half = TEXT_LIMIT // 2
-    return f"{told[:half]}\n[… {len(told) - 2 * half} characters left out …]\n{told[-half:]}"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
+    head = ["step", "updates left out", "cause", "what it learned from"]
+    return f"<h2>Incidents</h2><p>{told}.</p>{wide_table(head, rows)}"
 
 
 def _tables(run: Record) -> str:

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Page(HTMLParser):
     @property
     def charts(self):
         """Titles of the charts."""
-        return [text for text in self.texts["h3"] if not text.startswith("Step ")]
+        return [unescape(title) for title in re.findall("<figcaption><h3>([^<]*)</h3>", self.source)]
 
 
 def jsonl(path, rows):
@@ -348,14 +349,75 @@ def test_durations_read_as_people_say_them(seconds, told):
 
 def test_samples_are_one_a_group_of_the_first_step_and_the_last(folder):
     page = Page(write_report(folder))
-    assert page.texts["pre"] == [
+    assert page.texts["pre"][:8] == [
         *(f"step 1, group {group}, sample 0" for group in range(4)),
         *(f"step 60, group {group}, sample 0" for group in range(4)),
-        "train_grpo.py --data 'a b'",
     ]
     assert [text for text in page.texts["h3"] if text.startswith("Step")] == ["Step 1", "Step 60"]
     fact = "correct answer 3 · expected 3 · reward 1.1 (correct 1, format –) · advantage +0.50 · 12 tokens"
-    assert spaced(page).count(fact) == 8
+    assert spaced(page).partition("Completions that stand out")[0].count(fact) == 8
+
+
+def test_completions_that_stand_out_are_picked_from_the_end_one_a_group(folder):
+    rows = [
+        rollout(step, group, f"{step}.{group}.{sample}", reward=0.5, advantage=0.0, correct=None)
+        for step in (1, 2)
+        for group in range(5)
+        for sample in range(2)
+    ]
+    change = {row["completion"]: row for row in rows}
+    change["2.0.0"] |= {"reward": 3.0, "advantage": 1.0}
+    change["2.0.1"] |= {"reward": 2.0}  # of a group that is shown already
+    change["1.3.1"] |= {"reward": 1.0, "advantage": -2.0}
+    change["1.4.0"] |= {"reward": -1.0, "advantage": None}  # not learned from
+    change["1.0.0"] |= {"correct": False, "advantage": 0.5, "reward": 0.1}
+    change["1.1.0"] |= {"correct": False, "advantage": 0.5, "reward": 0.9}
+    change["1.2.0"] |= {"correct": False, "advantage": -0.5}
+    change["2.4.0"] |= {"correct": True, "advantage": 0.5}
+    jsonl(folder / "rollouts.jsonl", rows)
+    page = Page(write_report(folder))
+    assert "Among the last 20, step 1 to 2." in page.text
+    picked = {}
+    for part in page.source.partition("Completions that stand out")[2].split("<h3>")[1:]:
+        title, _, shown = part.partition("</h3>")
+        picked[title] = re.findall(r"<pre>([^<]*)</pre>", shown)
+    assert picked["Best paid"][:2] == ["2.0.0", "1.3.1"]
+    assert picked["Worst paid"][:2] == ["1.4.0", "1.0.0"]
+    assert picked["Most surprising"][:2] == ["1.3.1", "2.0.0"]
+    assert picked["Rewarded, and wrong"] == ["1.1.0", "1.0.0"]
+    assert "2 completions: wrong by the strict judge" in page.text
+    assert max(map(len, picked.values())) == 3
+
+
+def test_every_reward_has_its_weight_and_spread_in_a_table(folder):
+    with open(folder / "config.yaml", "a") as file:
+        file.write("rewards: {correct: 1.0, format: 0.1, 'model:x': 1.0}\n")
+    rows = [metrics_row(step) for step in range(1, 61)]
+    for row in rows:
+        row |= {f"train/reward/{name}": 0.25 for name in ("min", "max", "std")}
+        row |= {"rewards/correct/min": 0.0, "rewards/correct/max": 1.0, "rewards/correct/std": 0.49}
+    jsonl(folder / "metrics.jsonl", rows)
+    page = Page(write_report(folder))
+    (table,) = re.findall(r'<table class="wide">(.*?)</table>', page.source)
+    cells = [re.findall(r"<t[hd]>([^<]*)</t[hd]>", row) for row in table.split("</tr>")[1:-1]]
+    assert cells == [
+        ["in all", "", "0.01", "0.6", "0.25", "0.25", "0.25"],
+        ["correct", "1", "0.01", "0.6", "0.49", "0", "1"],
+    ]
+
+
+def test_incidents_are_told_with_their_cause_and_where_to_look(folder):
+    assert "Incidents" not in Page(write_report(folder)).texts["h2"]
+    (folder / "incidents").mkdir()
+    for step in range(1, 31):
+        incident = {"step": step, "causes": [None, f"the loss is nan {HOSTILE}", None], "rows": []}
+        (folder / "incidents" / f"step-{step:06d}.json").write_text(json.dumps(incident))
+    page = Page(write_report(folder))
+    assert "30 steps with updates that were not finite; the last 20." in page.text
+    told = page.source.partition("<h2>Incidents</h2>")[2].partition("</table>")[0]
+    assert re.findall(r"<tr><th>(\d+)</th><td>1 of 3</td>", told) == [str(step) for step in range(11, 31)]
+    assert "incidents/step-000030.json" in told
+    assert "script" not in page.tags
 
 
 def test_a_completion_that_dynamic_sampling_left_out_is_said_to_be(folder):
@@ -371,7 +433,7 @@ def test_verdict_has_three_outcomes_and_a_cut_is_told(folder):
             for group, correct in enumerate((True, False, None))
         ],
     )
-    told = spaced(Page(write_report(folder)))
+    told = spaced(Page(write_report(folder))).partition("Completions that stand out")[0]
     for verdict in ("correct", "wrong", "undecided"):
         assert f"{verdict} answer nothing" in told
     assert told.count("cut off") == 3
