@@ -20,18 +20,23 @@ def require_free(folder: Path) -> None:
     Raises:
         ValueError: a run is at work in it.
     """
-    path = folder / LOCK
-    try:
-        held = json.loads(path.read_text())
-        pid, started, host = held["pid"], held["started"], held["host"]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or cut off by a crash
-        return
-    if host != socket.gethostname() or pid == os.getpid() or not _is_alive(pid, started):
+    pid = holder(folder)
+    if pid is None or pid == os.getpid():
         return
     raise ValueError(
         f"output {str(folder)!r} is in use by a run with process number {pid}; wait for it, stop it "
         f"(kill {pid}), or give another --output"
     )
+
+
+def holder(folder: Path) -> int | None:
+    """The number of the process that writes a folder, None where none does or none can be asked."""
+    try:
+        held = json.loads((folder / LOCK).read_text())
+        pid, started, host = held["pid"], held["started"], held["host"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or cut off by a crash
+        return None
+    return pid if host == socket.gethostname() and _is_alive(pid, started) else None
 
 
 def take(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from runs import lock
 from runs.figures import is_reading
 
 ROLLOUT_BYTES = 1 << 20  # read of each end of rollouts.jsonl, which may hold gigabytes
@@ -40,6 +41,23 @@ class Record:
         return self.folder.resolve().name
 
     @property
+    def method(self) -> str:
+        """How it learned."""
+        return str(self.config.get("algo", "supervised fine-tuning"))
+
+    @property
+    def state(self) -> str:
+        """running, finished, or stopped."""
+        if lock.holder(self.folder) is not None:
+            return "running"
+        return "finished" if (self.folder / "final").is_dir() else "stopped"
+
+    @property
+    def held_out(self) -> list[dict[str, Any]]:
+        """The evaluations on the set that was first evaluated on."""
+        return [row for row in self.evaluations if row["set"] == self.evaluations[0]["set"]]
+
+    @property
     def last_step(self) -> int:
         """The last step of which anything is told."""
         return max([row["step"] for row in [*self.metrics, *self.evaluations]], default=0)
@@ -49,6 +67,14 @@ class Record:
         """Spent in steps; evaluation and saving are not counted."""
         seconds = [value for row in self.metrics for key, value in row.items() if key.startswith("time/")]
         return math.fsum(value for value in seconds if is_reading(value))
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The runs in a folder and in its subfolders, the one that was written last at the end."""
+    found = [
+        path.parent for path in folder.rglob("environment.json") if (path.parent / "config.yaml").is_file()
+    ]
+    return sorted(found, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
 
 
 def read_run(folder: Path) -> Record:

@@ -32,8 +32,7 @@ def report_page(folder: Path) -> str:
     run = read_run(folder)
     config = run.config
     facts = [str(config["data"])] if "data" in config else []
-    if config:
-        facts.append(str(config.get("algo", "supervised fine-tuning")))
+    facts += [run.method] if config else []
     facts += [f"seed {config['seed']}"] if "seed" in config else []
     facts += [f"from {config['model']}"] if "model" in config else []
     parts = (
@@ -68,9 +67,8 @@ def _warnings(run: Record) -> str:
 def _tiles(run: Record) -> str:
     """What one looks for first: the accuracy before and after, the steps, the time."""
     tiles = []
-    if evaluations := run.evaluations:
-        name = evaluations[0]["set"]
-        rows = [row for row in evaluations if row["set"] == name]
+    if rows := run.held_out:
+        name = rows[0]["set"]
         best = max(rows, key=lambda row: row["accuracy_strict"])
         ends = [("first", rows[0]), ("last", rows[-1])] if len(rows) > 1 else [("only", rows[0])]
         for which, row in ends:

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from folders import evaluation, jsonl, metrics_row, rollout, write_run
 
 from runs import charts, figures, records
 from runs.charts import PANELS
@@ -61,86 +62,10 @@ class Page(HTMLParser):
         return [unescape(title) for title in re.findall("<figcaption><h3>([^<]*)</h3>", self.source)]
 
 
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def metrics_row(step, **changes):
-    return {
-        "step": step,
-        "train/reward": step / 100,
-        "train/accuracy": step / 100,
-        "rewards/correct": step / 100,
-        "rewards/format": 1.0,
-        "rewards/undecided_fraction": 0.0,
-        "rollout/zero_variance_groups": 0.5,
-        "policy/loss": 1 / step,
-        "policy/grad_norm": 0.5,
-        "time/generate_s": 1.5,
-        "time/update_s": 0.5,
-        **changes,
-    }
-
-
-def evaluation(step, accuracy):
-    return {
-        "step": step,
-        "set": "validation",
-        "n": 200,
-        "accuracy_strict": accuracy,
-        "ci95": [accuracy - 0.05, accuracy + 0.05],
-    }
-
-
-def rollout(step, group, completion, **changes):
-    return {
-        "step": step,
-        "group": group,
-        "question": "1 + 2 = ?",
-        "gold": "3",
-        "completion": completion,
-        "reward": 1.1,
-        "rewards": {"correct": 1.0, "format": None},
-        "correct": True,
-        "extracted": "3",
-        "advantage": 0.5,
-        "tokens": 12,
-        "finish_reason": "stop",
-        **changes,
-    }
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A GRPO run of 60 steps."""
-    folder = tmp_path / "my run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text(
-        "model: outputs/sft/final\ndata: arithmetic\nseed: 7\nalgo: dapo\ntotal_steps: 60\n"
-        "options: {high: 9}\n"
-    )
-    (folder / "environment.json").write_text(
-        json.dumps(
-            {
-                "python": "3.11",
-                "packages": {"torch": "2.13.0"},
-                "commit": None,
-                "command": ["train_grpo.py", "--data", "a b"],
-            }
-        )
-    )
-    jsonl(folder / "metrics.jsonl", [metrics_row(step) for step in range(1, 61)])
-    jsonl(folder / "eval.jsonl", [evaluation(0, 0.1), evaluation(30, 0.6), evaluation(60, 0.5)])
-    jsonl(
-        folder / "rollouts.jsonl",
-        [
-            rollout(step, group, f"step {step}, group {group}, sample {sample}")
-            for step in range(1, 61)
-            for group in range(6)
-            for sample in range(2)
-        ],
-    )
-    return folder
+    return write_run(tmp_path / "my run")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -390,8 +315,8 @@ def test_completions_that_stand_out_are_picked_from_the_end_one_a_group(folder):
 
 
 def test_every_reward_has_its_weight_and_spread_in_a_table(folder):
-    with open(folder / "config.yaml", "a") as file:
-        file.write("rewards: {correct: 1.0, format: 0.1, 'model:x': 1.0}\n")
+    weights = {"correct": 1.0, "format": 0.1, "model:x": 1.0}
+    (folder / "config.yaml").write_text(json.dumps({"rewards": weights}))
     rows = [metrics_row(step) for step in range(1, 61)]
     for row in rows:
         row |= {f"train/reward/{name}": 0.25 for name in ("min", "max", "std")}
