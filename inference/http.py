@@ -172,7 +172,8 @@ def _shown(text: bytes) -> str:
     """What a server said, on one line and short: its error's message where it keeps to the usual form."""
     said = text.decode("utf-8", errors="replace")
     with suppress(ValueError, KeyError, TypeError):
-        said = json.loads(said)["error"]["message"]
+        error = json.loads(said)["error"]
+        said = error["message"] if isinstance(error, dict) else error
     said = "".join(c if c.isprintable() else " " for c in " ".join(str(said).split()))
     return said if len(said) <= SHOWN_CHARACTERS else said[:SHOWN_CHARACTERS] + "…"
 

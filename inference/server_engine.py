@@ -83,7 +83,7 @@ class ServerEngine:
                 f"{model!r}; name the model that is served there"
             )
         self._takes_tokens = self._grants(self._as_tokens(prompt), prompt)
-        self._stream_form = self._as_tokens
+        self._stream_form, self._tells_tokens = self._as_tokens, True
         if not self._takes_tokens:
             self._tells_tokens = self._grants(self._as_text(prompt) | {"logprobs": True}, prompt)
             # mlx_lm.server leaves thoughts out of streamed completions; its chat tells them.

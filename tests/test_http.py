@@ -143,6 +143,7 @@ def test_a_silent_server_is_given_up_and_not_asked_again(serve):
     ("status", "body", "message"),
     [
         (400, '{"error": {"message": "top_k\\u001b[2J is odd"}}', r"400 Bad Request: top_k \[2J is odd; "),
+        (400, '{"error": "Unhappy"}', r"400 Bad Request: Unhappy; "),
         (401, "no", r"401 Unauthorized: no; .*PONDER_API_KEY"),
         (404, "<html>", r"404 Not Found: <html>; .*up to its /v1"),
         (302, "", r"302 Found"),
