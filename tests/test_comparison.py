@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from folders import evaluation, jsonl, metrics_row, write_run
+from written import evaluation, jsonl, metrics_row, write_run
 
 from runs import lock
 from runs.__main__ import main

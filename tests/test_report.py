@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from folders import evaluation, jsonl, metrics_row, rollout, write_run
+from written import evaluation, jsonl, metrics_row, rollout, write_run
 
 from runs import charts, figures, records
 from runs.charts import PANELS
