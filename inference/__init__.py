@@ -2,9 +2,9 @@
 share, free of torch so that a Mac without it imports them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -67,6 +67,14 @@ class StreamedToken:
     finish_reason: FinishReason | None
 
 
+class NextToken(NamedTuple):
+    """A token that may come next, its log-probability under the model itself, and whether it is an EOS."""
+
+    token_id: int
+    logprob: float
+    stops: bool
+
+
 class Engine(Protocol):
     """Tokens in, tokens out. An engine knows nothing of rewards, data or losses."""
 
@@ -101,4 +109,24 @@ class Engine(Protocol):
         self, prompt: Sequence[int], params: SamplingParams, seed: Sequence[int]
     ) -> Iterator[StreamedToken]:
         """Sample one completion token by token; closing the iterator stops the computation."""
+        ...
+
+
+class BranchingEngine(Engine, Protocol):
+    """An engine whose rows may go on in several ways, which beam search needs."""
+
+    def branch(
+        self, prompt: Sequence[int], rows: int, limit: int
+    ) -> Generator[list[list[NextToken]], Sequence[tuple[int, int]], None]:
+        """Grow rows of one prompt, a token at a time, as the caller says; there is one row at first.
+
+        Yields for each row its likeliest next tokens, likeliest first: all EOS that are among them and, where
+        the vocabulary has so many, `rows` others. Is sent (row, token) pairs, at most `rows`: the rows to go
+        on with. Closing it stops the computation.
+
+        Args:
+            prompt: token ids.
+            rows: that grow side by side at most.
+            limit: tokens of a row at most.
+        """
         ...

@@ -151,6 +151,11 @@ class LlamaDecoder:
         """Let rows `[rows]` go; see `SlotCache.leave`."""
         return self.cache.leave(done)
 
+    @torch.inference_mode()
+    def select(self, order: Tensor) -> None:
+        """Let row `i` go on from what was row `order[i]`, for as many rows as there are slots."""
+        self.cache.select(order)
+
 
 class WindowDecoder(LlamaDecoder):
     """Decodes within a window over a `WindowCache`: memory is bounded, the text is not.
@@ -252,3 +257,10 @@ class LibraryDecoder:
         self.mask = self.mask[order]
         self.live = len(order)
         return order
+
+    @torch.inference_mode()
+    def select(self, order: Tensor) -> None:
+        """As `LlamaDecoder.select`."""
+        self.cache.batch_select_indices(order)
+        self.mask = self.mask[order]
+        self.live = len(order)

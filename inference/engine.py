@@ -6,7 +6,7 @@ always the policy that learns.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from inference import Completion, SamplingParams, StreamedToken
+from inference import Completion, NextToken, SamplingParams, StreamedToken
 from inference.decoders import check_window, make_decoder
-from inference.sampling import choose
+from inference.sampling import choose, warp
 from memory import free_memory, is_out_of_memory, release_memory
 
 # More rows than this at once gain nothing: each costs its own.
@@ -194,6 +194,33 @@ class TorchEngine:
                 if reason:
                     return
                 logits = decoder.advance(token)
+
+    def branch(
+        self, prompt: Sequence[int], rows: int, limit: int
+    ) -> Generator[list[list[NextToken]], Sequence[tuple[int, int]], None]:
+        """Grow rows of one prompt as the caller says; see `inference.BranchingEngine.branch`.
+
+        Raises:
+            ValueError: so many rows do not fit in the cache.
+        """
+        with _evaluating(self.model):
+            decoder, slots = self._make_decoder([prompt], rows, limit)
+            if slots < rows:
+                raise ValueError(f"rows must be <= {slots}, which fit in memory, got {rows}")
+            logits = decoder.admit([prompt], [1])
+            while True:
+                chosen = yield self._likeliest(logits, rows)
+                parents, tokens = torch.tensor(chosen, device=logits.device).T
+                decoder.select(parents)
+                logits = decoder.advance(tokens)
+
+    def _likeliest(self, logits: Tensor, rows: int) -> list[list[NextToken]]:
+        stop = set(self.stop_token_ids.tolist())
+        # By logits: their log-probabilities may round to the same number.
+        tokens = logits.topk(min(rows + len(stop), logits.shape[-1])).indices
+        logprobs = warp(logits, SamplingParams()).gather(-1, tokens)
+        pairs = zip(tokens.tolist(), logprobs.tolist(), strict=True)
+        return [[NextToken(t, p, t in stop) for t, p in zip(*pair, strict=True)] for pair in pairs]
 
     def _make_decoder(self, prompts: Sequence[Sequence[int]], n: int, limit: int) -> tuple[Any, int]:
         """A decoder with as many slots as fit, and how many these are."""

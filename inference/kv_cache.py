@@ -59,6 +59,16 @@ class SlotCache:
         self.lengths[slots] = lengths[source]
         self.live = slots.stop
 
+    def select(self, order: Tensor) -> None:
+        """Let row `i` go on from what was row `order[i]`; a row may go on several times, or not at all."""
+        self.live = len(order)
+        moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(1)
+        if len(moved):
+            source = order[moved]
+            longest = int(self.lengths[source].max())
+            self.block[:, :, moved, :, :longest] = self.block[:, :, source, :, :longest]
+            self.lengths[moved] = self.lengths[source]
+
     def extend(self) -> tuple[Tensor, int, Tensor | None]:
         """Make every live row one longer.
 

@@ -84,6 +84,26 @@ def follow(model, decoder, slots=5):
     return decoder
 
 
+def branch(model, decoder):
+    """Rows that go on from other rows, from the same one or from none, each held to the model itself."""
+    decoder.admit([[5, 6, 7]], [1])
+    texts = [[5, 6, 7]]
+    for step, order in enumerate(([0, 0, 0], [2, 0, 0, 1], [3, 3], [1, 0, 0, 1, 1], [0, 1, 2, 3, 4], [4])):
+        tokens = [20 + 7 * step + row for row in range(len(order))]
+        texts = [[*texts[row], token] for row, token in zip(order, tokens, strict=True)]
+        decoder.select(torch.tensor(order))
+        assert decoder.live == len(texts)
+        with torch.no_grad():
+            expected = model(torch.tensor(texts)).logits[:, -1]
+        torch.testing.assert_close(decoder.advance(torch.tensor(tokens)), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "gpt2"])
+def test_rows_go_on_from_any_row(random_model, name):
+    model = random_model(name)
+    branch(model, make_decoder(model, 5, 40))
+
+
 @pytest.mark.parametrize("name", LEAN)
 def test_every_row_has_the_logits_of_its_own_text(name):
     model = build(name, LEAN[name])
@@ -96,6 +116,7 @@ def test_what_memory_held_before_is_never_read(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, torch.nan))
     model = build("qwen2", {})
     follow(model, make_decoder(model, 5, 40))
+    branch(model, make_decoder(model, 5, 40))
 
 
 def test_an_adapter_is_applied_as_it_is():

@@ -386,6 +386,30 @@ def test_every_completion_is_told_once_as_it_ends(model):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What search needs
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_the_likeliest_tokens_of_branching_rows(random_model, architecture):
+    model = random_model(architecture)
+    with torch.no_grad():  # an EOS that is likely in one place, and the one of the generation config
+        eos = int(model(torch.tensor([[*PROMPTS[0], 6]])).logits[0, -1].argmax())
+    steps = TorchEngine(model, tokenizer(eos)).branch(PROMPTS[0], 3, 8)
+    texts, likeliest, ends = [PROMPTS[0]], next(steps), 0
+    for chosen in ([(0, 5), (0, 6)], [(1, 7), (1, 8), (0, 9)], [(2, 11)]):
+        texts = [[*texts[row], token] for row, token in chosen]
+        likeliest = steps.send(chosen)
+        for text, tokens in zip(texts, likeliest, strict=True):
+            with torch.no_grad():
+                top = model(torch.tensor([text])).logits[0, -1].log_softmax(-1).topk(5)
+            assert [token.token_id for token in tokens] == top.indices.tolist()
+            assert [token.logprob for token in tokens] == pytest.approx(top.values.tolist(), abs=1e-9)
+            assert [token.stops for token in tokens] == [i in (2, eos) for i in top.indices.tolist()]
+            ends += sum(token.stops for token in tokens)
+    assert ends
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Streaming
 
 
