@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen.
+    """How the next token is chosen, and what is noted of it.
 
     Attributes:
         max_completion_tokens: tokens per completion at most, the EOS included.
@@ -19,6 +19,7 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
         min_p: keep tokens at least this share as likely as the likeliest; 0 keeps all.
+        self_certainty: measure it; see `Completion`.
     """
 
     max_completion_tokens: int = 512
@@ -26,6 +27,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    self_certainty: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no sampler can do, naming the field."""
@@ -51,11 +53,15 @@ class Completion:
             for greedy
             decoding, under temperature 1.
         finish_reason: "stop" (EOS), "length" (the limit) or "cancelled".
+        self_certainty: KL divergence from the uniform distribution to the model's own (temperature 1, nothing
+            cut), the mean over the tokens, in nats; None where it was not asked for, or cannot be measured.
+            Source: arXiv 2502.18581, section 3.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    self_certainty: float | None = None
 
 
 @dataclass(frozen=True)

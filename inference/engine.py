@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inference import Completion, NextToken, SamplingParams, StreamedToken
 from inference.decoders import check_window, make_decoder
-from inference.sampling import choose, warp
+from inference.sampling import choose, self_certainty, warp
 from memory import free_memory, is_out_of_memory, release_memory
 
 # More rows than this at once gain nothing: each costs its own.
@@ -254,7 +254,7 @@ class TorchEngine:
         limit, device = params.max_completion_tokens, self.model.device
         decoder, slots = self._make_decoder(prompts, n, limit)
         # A row keeps its seat while the decoder moves it from slot to slot.
-        seats = Seats(slots, limit, device)
+        seats = Seats(slots, params, device)
         begun = 0
         logits: Tensor | None = None
         while begun < len(todo) or decoder.live:
@@ -266,7 +266,7 @@ class TorchEngine:
                 seats.take(rows, [keys[row] for row in rows])
                 begun += len(rows)
             token, logprob = choose(logits, params, seats.uniforms())
-            seats.write(token, logprob)
+            seats.write(token, logprob, logits)
             stopped = torch.isin(token, self.stop_token_ids)
             done = stopped | (seats.counts == limit)
             if done.any():
@@ -285,8 +285,11 @@ class Seats:
         counts: `[live]` tokens that each has.
     """
 
-    def __init__(self, size: int, limit: int, device: torch.device) -> None:
-        """Reserve `size` seats of `limit` tokens."""
+    def __init__(self, size: int, params: SamplingParams, device: torch.device) -> None:
+        """Reserve `size` seats for what `params` ask for."""
+        limit = params.max_completion_tokens
+        self.measures = params.self_certainty
+        self.certainties = torch.zeros(size, dtype=torch.float64, device=device)
         self.randoms = torch.empty(size, limit, dtype=torch.float64, device=device)
         self.tokens = torch.empty(size, limit, dtype=torch.long, device=device)
         self.logprobs = torch.empty(size, limit, dtype=torch.float64, device=device)
@@ -301,6 +304,7 @@ class Seats:
         limit = self.randoms.shape[1]
         drawn = torch.from_numpy(np.stack([row_uniforms(key, limit) for key in keys]))
         self.randoms[taken.to(self.randoms.device)] = drawn.to(self.randoms.device)
+        self.certainties[taken.to(self.certainties.device)] = 0
         self.numbers.extend(numbers)
         self.seats = torch.cat([self.seats, taken.to(self.seats.device)])
         self.counts = torch.cat([self.counts, self.counts.new_zeros(len(numbers))])
@@ -309,8 +313,10 @@ class Seats:
         """The next random number of each live row."""
         return self.randoms[self.seats, self.counts]
 
-    def write(self, token: Tensor, logprob: Tensor) -> None:
-        """Add a token to each live row."""
+    def write(self, token: Tensor, logprob: Tensor, logits: Tensor) -> None:
+        """Add a token to each live row, chosen by `logits`."""
+        if self.measures:
+            self.certainties[self.seats] += self_certainty(logits).double()
         self.tokens[self.seats, self.counts] = token
         self.logprobs[self.seats, self.counts] = logprob.double()
         self.counts = self.counts + 1
@@ -320,8 +326,10 @@ class Seats:
         for place in done.nonzero().squeeze(-1).tolist():
             seat, count = int(self.seats[place]), int(self.counts[place])
             ids, logprobs = self.tokens[seat, :count].tolist(), self.logprobs[seat, :count].tolist()
+            reason = "stop" if stopped[place] else "length"
+            certainty = float(self.certainties[seat]) / count if self.measures else None
             self.free.append(seat)
-            yield self.numbers[place], Completion(ids, logprobs, "stop" if stopped[place] else "length")
+            yield self.numbers[place], Completion(ids, logprobs, reason, certainty)
 
     def keep(self, order: Tensor) -> None:
         """Follow the decoder, whose row `i` was `order[i]`."""

@@ -1,5 +1,7 @@
 """Choosing the next token: pure functions on logits, `[B, V]` in, `[B, V]` or `[B]` out."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,15 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
         floor = logprobs.max(dim=-1, keepdim=True).values + torch.log(logprobs.new_tensor(params.min_p))
         logits = logits.masked_fill(logprobs < floor, -torch.inf)
     return logits.log_softmax(dim=-1)
+
+
+def self_certainty(logits: Tensor) -> Tensor:
+    """KL divergence `[B]` from the uniform distribution to that of logits `[B, V]`, in nats.
+
+    Source: arXiv 2502.18581, section 3.
+    """
+    logprobs = warp(logits, SamplingParams())
+    return -logprobs.mean(-1) - math.log(logits.shape[-1])
 
 
 def choose(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 import copy
 import itertools
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -387,6 +388,27 @@ def test_every_completion_is_told_once_as_it_ends(model):
 
 # ------------------------------------------------------------------------------------------------------------
 # What search needs
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+@pytest.mark.parametrize(
+    "params", [SamplingParams(8, 0.7), SamplingParams(8, 0.0), SamplingParams(8, 1.5, top_k=3)]
+)
+def test_self_certainty_is_the_mean_divergence_from_uniform(random_model, architecture, params):
+    model = random_model(architecture)
+    plain = TorchEngine(model, tokenizer(150), 47).generate(PROMPTS, 2, params, (3,))
+    assert all(completion.self_certainty is None for group in plain for completion in group)
+    params = replace(params, self_certainty=True)
+    groups = TorchEngine(model, tokenizer(150), 47).generate(PROMPTS, 2, params, (3,))
+    assert_same(groups, plain)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            with torch.no_grad():
+                ids = torch.tensor([prompt + completion.token_ids])
+                logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            uniform = torch.full_like(logprobs, 1 / logprobs.shape[-1])
+            divergence = (uniform * (uniform.log() - logprobs)).sum(-1)
+            assert completion.self_certainty == pytest.approx(float(divergence.mean()), abs=1e-9)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
