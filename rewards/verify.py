@@ -59,6 +59,18 @@ def judge(completion: str, gold: str, strict: bool = True) -> Verdict:
     return Verdict(correct, answer, method)
 
 
+def final_answer(completion: str) -> str | None:
+    """What the lenient judgement would judge; None where there is no answer."""
+    answers = candidates(completion, strict=False)
+    return clean(answers[-1]) if answers else None
+
+
+def same_answers(first: str, second: str) -> bool:
+    """Do two answers of a model say exactly the same? What cannot be decided is not the same."""
+    deadline = time.monotonic() + DEADLINE_S
+    return same_answer(clean(first), clean(second), deadline, rounding=False)[0] is True
+
+
 def _agree(answers: list[str], answer: str, deadline: float) -> bool:
     """Do several marked answers say exactly the same as the last? One that cannot be decided is a hedge."""
     others = {clean(other) for other in answers[:-1]} - {answer}

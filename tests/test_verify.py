@@ -172,6 +172,29 @@ def test_boxes_agree_only_exactly():
     assert is_correct(r"\boxed{18} \boxed{18.0}", "18")
 
 
+def test_two_answers_of_a_model_are_compared_exactly_and_what_is_undecided_differs():
+    assert verify.same_answers("1/2", "$0.5$")
+    assert verify.same_answers(r"\sqrt{8}", r"2\sqrt{2}.")
+    # Either could be the gold of the other, and stand for a rounded value there.
+    assert not verify.same_answers("3.14", "3.1416")
+    assert not verify.same_answers("3.1416", "3.14")
+    undecided = "9" * 10_000
+    assert judge(completion("x"), undecided + "x").correct is None
+    assert not verify.same_answers("x", undecided + "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"<think>3</think>so \boxed{4}.", "4"),
+        ("<think>3</think>it is 5, I think", "5"),
+        ("<think>the answer is 3", None),
+    ],
+)
+def test_the_answer_of_a_completion_is_what_the_lenient_judgement_would_judge(text, answer):
+    assert verify.final_answer(text) == judge(text, "1", strict=False).extracted == answer
+
+
 def test_a_sum_that_nobody_evaluated_is_undecided():
     assert judge(completion(r"\sum_{i=1}^n i"), r"\frac{n(n+1)}{2}").correct is not False
 
