@@ -419,10 +419,10 @@ def test_settings_that_cannot_work_are_refused(wrong, message):
 
 
 class Answering:
-    """Answers every prompt by its length; the last ones first, up to `dies_after`."""
+    """Answers every prompt by its length, of two the second one first, up to `dies_after`."""
 
-    def __init__(self, dies_after=None):
-        self.dies_after, self.asked = dies_after, []
+    def __init__(self, dies_after=None, output=None):
+        self.dies_after, self.output, self.asked, self.written = dies_after, output, [], []
 
     def generate(self, prompt_ids, n, params, seed, first_prompt, on_completion):
         assert n == 1
@@ -433,6 +433,7 @@ class Answering:
                 raise KeyboardInterrupt
             text = f"<think>{len(prompt_ids[number])}</think><answer>{first_prompt + number}</answer>"
             on_completion(number, 0, Completion(list(text.encode()), [], "stop"))
+            self.written.append(len(self.output.read_text().splitlines()) if self.output else None)
 
 
 @pytest.fixture
@@ -451,8 +452,9 @@ def answer(monkeypatch, path, engine, **about):
 
 
 def test_a_file_of_questions_is_answered_in_its_order(monkeypatch, problems_file, capsys):
-    engine = Answering()
+    engine = Answering(output=problems_file.with_name("answers.jsonl"))
     output = answer(monkeypatch, problems_file, engine, context_tokens=100)
+    assert engine.written == [0, 2, 2, 4, 4, 6, 7]  # on disk as soon as those before them are
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["question"] for row in rows] == [f"{i} + ü = ?" for i in range(7)]
     assert [row["answer"] for row in rows] == [str(i) for i in range(7)]
