@@ -6,12 +6,15 @@ python -m runs compare outputs/grpo outputs/dapo
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs.comparison import aligned, compare_table, list_table, show
+from runs.comparison import aligned, compare_table, comparison_page, list_table, name_all, show
 from runs.config import UserError
+from runs.page import write_page
 from runs.records import Record, find_runs, read_run
+from runs.report import report_page
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -24,6 +27,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, a
     showing.add_argument("runs", type=Path, nargs=1, metavar="RUN")
     comparing = commands.add_parser("compare", help="figures and settings of several, side by side")
     comparing.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    reporting = commands.add_parser(
+        "report", help="the page of a run, or of several with their curves overlaid"
+    )
+    reporting.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    reporting.add_argument(
+        "--to", type=Path, metavar="FILE", help="where the page goes; if not given, report.html"
+    )
     return parser, parser.parse_args(argv)
 
 
@@ -43,6 +53,30 @@ def read_all(folders: Sequence[Path]) -> list[Record]:
     return [read_run(folder) for folder in folders]
 
 
+def report(runs: Sequence[Record], to: Path | None) -> Path:
+    """Write the page of these runs; returns where it is.
+
+    Args:
+        runs: one, or several to compare.
+        to: the file; by default `report.html` of the run, or `comparison.html` beside the runs.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if len(runs) == 1:
+        to, page = to or runs[0].folder / "report.html", report_page(runs[0].folder)
+    else:
+        beside = Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
+        to, page = to or beside / "comparison.html", comparison_page(name_all(runs))
+    try:
+        write_page(to, page)
+    except OSError as error:
+        raise UserError(
+            f"--to {str(to)!r} cannot be written ({error.strerror}); give another file"
+        ) from error
+    return to
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer one question about runs."""
     parser, asked = parse(argv)
@@ -52,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(aligned(list_table(runs, asked.folder)) if runs else f"no runs in {str(asked.folder)!r}")
         elif asked.command == "show":
             print(show(*read_all(asked.runs)))
+        elif asked.command == "compare":
+            print(aligned(compare_table(name_all(read_all(asked.runs)))))
         else:
-            print(aligned(compare_table(read_all(asked.runs), [str(folder) for folder in asked.runs])))
+            print(report(read_all(asked.runs), asked.to))
     except UserError as error:
         parser.error(str(error))
 

@@ -5,7 +5,7 @@ It takes the page's colours in light and dark, weighs a few kilobytes, and costs
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class Series:
         band: (step, low, high), where there is an interval.
         marked: draw every point: they are few, and each one counts.
         lost: values left out because they are not finite.
+        is_flat: there is nothing to see, zero all along or a metric of no panel that never changes.
     """
 
     label: str
@@ -32,6 +33,12 @@ class Series:
     band: list[tuple[float, float, float]]
     marked: bool = False
     lost: int = 0
+    is_flat: bool = False
+
+    @property
+    def last(self) -> float:
+        """Its last value, if it has one."""
+        return self.points[-1][1]
 
 
 # Title, whether the values are shares, and the metrics with their labels. The first one that a run has stands
@@ -63,46 +70,63 @@ ROUNDING = {"policy/loss": 5e-5, "policy/approx_kl": 1e-6, "rollout/sampler_mism
 SPREAD = ("/min", "/max", "/std")  # of a reward: the last has a chart, the others say little over steps
 
 
-def _series(rows: Sequence[dict[str, Any]], key: str, label: str) -> Series:
-    """The values of a metric over the steps."""
-    values = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+def _series(run: Record, key: str, label: str) -> Series:
+    """The values of a metric over the steps; what rounding leaves of nothing is zero."""
+    values = [(row["step"], row[key]) for row in run.metrics if isinstance(row.get(key), int | float)]
     points = [(step, value) for step, value in values if is_reading(value)]
-    return Series(label, points, [], lost=len(values) - len(points))
+    if all(abs(value) <= ROUNDING.get(key, 0.0) for _, value in points):
+        points = [(step, 0.0) for step, _ in points]
+    lost = len(values) - len(points)
+    return Series(label, points, [], lost=lost, is_flat=not lost and _is_flat(key, points))
 
 
-def _accuracy_series(evaluations: Sequence[dict[str, Any]]) -> list[Series]:
-    """Accuracy with its interval, one series a set."""
+def _is_flat(key: str, points: Sequence[tuple[float, float]]) -> bool:
+    values = [value for _, value in points]
+    if not any(values):
+        return bool(values)
+    has_panel = key.startswith("rewards/") or any(key in keys for _, _, keys in PANELS)
+    is_still = max(values) - min(values) <= 1e-4 * max(map(abs, values))  # as far as labels can tell
+    return is_still and len(values) > 1 and not has_panel
+
+
+def _accuracy_series(run: Record, name: str | None = None) -> list[Series]:
+    """Accuracy with its interval, one series a set, under the run's name if it has one."""
     found = []
-    for name in dict.fromkeys(row["set"] for row in evaluations):
-        rows = [row for row in evaluations if row["set"] == name and is_reading(row["accuracy_strict"])]
+    sets = dict.fromkeys(row["set"] for row in run.evaluations)
+    for set_ in sets:
+        rows = [row for row in run.evaluations if row["set"] == set_ and is_reading(row["accuracy_strict"])]
         points = [(row["step"], row["accuracy_strict"]) for row in rows]
-        found.append(Series(name, points, [(row["step"], *row["ci95"]) for row in rows], marked=True))
+        band = [(row["step"], *row["ci95"]) for row in rows]
+        label = set_ if name is None else f"{name}, {set_}" if len(sets) > 1 else name
+        found.append(Series(label, points, band, marked=True))
     return found
 
 
-def draw_charts(run: Record) -> str:
-    """Every curve of the run, the learning curve first."""
-    accuracy = _accuracy_series(run.evaluations)
-    logged = dict.fromkeys(key for row in run.metrics for key in row if key not in ("step", FINDINGS))
-    if "train/accuracy" in logged:
-        accuracy.append(_series(run.metrics, "train/accuracy", "training samples"))
-    charts = [_chart("Accuracy", accuracy, run.last_step, shares=True, size=LARGE)]
-    left_out = []
-    for title, shares, keys in _panels(logged):
-        lines = []
-        for key, label in keys.items():
-            line = _series(run.metrics, key, label)
-            if _is_flat(key, line):
-                name = f"{title} {label}" if len(keys) > 1 else title
-                value = line.points[-1][1]
-                left_out.append(f"{name} {number(value * (abs(value) > ROUNDING.get(key, 0)), shares)}")
-            else:
-                lines.append(line)
-        if lines:
-            charts.append(_chart(title, lines, run.last_step, shares, SMALL if len(charts) > 1 else LARGE))
-    if not any(charts):
+def draw_charts(runs: Mapping[str, Record]) -> str:
+    """Every curve, the learning curve first. Of several runs, a chart has one metric and a line for each.
+
+    Args:
+        runs: by the name that the legend has for them.
+    """
+    last_step = max(run.last_step for run in runs.values())
+    plots = _overlay(runs) if len(runs) > 1 else _curves(*runs.values())
+    charts, left_out = [], []
+    for title, shares, lines in plots:
+        lines = [line for line in lines if line.points or line.lost]
+        still = [line for line in lines if line.is_flat]
+        if len(runs) > 1 and (len(still) < len(lines) or len({line.last for line in still}) > 1):
+            still = []  # beside another, a line that does not move says something, too
+        if drawn := [line for line in lines if line not in still]:
+            charts.append(_chart(title, drawn, last_step, shares, LARGE if len(charts) < 2 else SMALL))
+        names = {title if len(runs) > 1 or len(lines) == 1 else f"{title} {x.label}": x for x in still}
+        left_out += [f"{name} {number(line.last, shares)}" for name, line in names.items()]
+    if not charts:
         return ""
-    note = f"<p>Not drawn, since the same in every step: {safe('; '.join(left_out))}.</p>" if left_out else ""
+    note = (
+        f"<p class='note'>Not drawn, since the same in every step: {safe('; '.join(left_out))}.</p>"
+        if left_out
+        else ""
+    )
     return (
         "<h2>Curves</h2><p>Over steps. A band is a 95% interval; a faint line is every step, the strong one "
         "its moving mean; the figure in a legend is the last.</p>"
@@ -110,8 +134,35 @@ def draw_charts(run: Record) -> str:
     )
 
 
-def _panels(logged: Collection[str]) -> list[tuple[str, bool, dict[str, str]]]:
-    """The charts of what was logged, in the order of `PANELS`."""
+Plot = tuple[str, bool, list[Series]]  # title, whether the values are shares, lines
+
+
+def _curves(run: Record) -> list[Plot]:
+    """The charts of one run."""
+    accuracy = _accuracy_series(run)
+    if any("train/accuracy" in row for row in run.metrics):
+        accuracy.append(_series(run, "train/accuracy", "training samples"))
+    return [("Accuracy", True, accuracy)] + [
+        (title, shares, [_series(run, key, label) for key, label in keys.items()])
+        for title, shares, keys in _panels([run])
+    ]
+
+
+def _overlay(runs: Mapping[str, Record]) -> list[Plot]:
+    """The charts of several runs: one a metric."""
+    plots = [("Accuracy", True, [line for name, run in runs.items() for line in _accuracy_series(run, name)])]
+    panels = [*_panels(runs.values()), ("Accuracy of training samples", True, {"train/accuracy": ""})]
+    for title, shares, keys in panels:
+        for key, label in keys.items():
+            lines = [_series(run, key, name) for name, run in runs.items()]
+            plots.append((f"{title}: {label}" if len(keys) > 1 else title, shares, lines))
+    return plots
+
+
+def _panels(runs: Iterable[Record]) -> list[tuple[str, bool, dict[str, str]]]:
+    """What the runs logged, laid out in charts, in the order of `PANELS`."""
+    rows = [row for run in runs for row in run.metrics]
+    logged = dict.fromkeys(key for row in rows for key in row if key not in ("step", FINDINGS))
     parts = {
         key: key.removeprefix("rewards/")
         for key in logged
@@ -132,17 +183,6 @@ def _panels(logged: Collection[str]) -> list[tuple[str, bool, dict[str, str]]]:
     return [panel for panel in there if panel[2]]
 
 
-def _is_flat(key: str, line: Series) -> bool:
-    """Is there nothing to see: zero all along, or a metric of no panel that never changes?"""
-    values = [value for _, value in line.points]
-    if line.lost or not values:
-        return False
-    if max(map(abs, values)) <= ROUNDING.get(key, 0.0):
-        return True
-    has_panel = key.startswith("rewards/") or any(key in keys for _, _, keys in PANELS)
-    return not has_panel and len(values) > 1 and min(values) == max(values)
-
-
 def _headline(key: str) -> str:
     return key.rpartition("/")[2].replace("_", " ").capitalize()
 
@@ -158,7 +198,7 @@ def _chart(
     shares: bool = False,
     size: tuple[int, int] = SMALL,
 ) -> str:
-    """One chart with its legend; nothing where no line has a point.
+    """One chart with its legend.
 
     Args:
         title: above it.
@@ -168,11 +208,8 @@ def _chart(
         size: width and height.
     """
     width, height = size
-    lines = [line for line in lines if line.points or line.lost]
     values = [value for line in lines for _, value in line.points]
     values += [edge for line in lines for _, *edges in line.band for edge in edges]
-    if not lines:
-        return ""
     ticks = _value_ticks(values, shares)
     steps = _ticks(0, max(last_step, 1), 5, least=1)
 

@@ -1,10 +1,12 @@
 """Runs beside each other: where each stands, how well it did, and in what they differ."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs.figures import duration
+from runs.charts import draw_charts
+from runs.figures import count, duration
+from runs.page import PAGE, safe, wide_table
 from runs.records import Record
 from runs.watchdog import FINDINGS
 
@@ -53,12 +55,29 @@ def list_table(runs: Sequence[Record], folder: Path) -> list[list[str]]:
     return [head, *([name, *(figures[key] for key in head[1:])] for name, figures in told)]
 
 
-def compare_table(runs: Sequence[Record], names: Sequence[str]) -> list[list[str]]:
+def name_all(runs: Sequence[Record]) -> dict[str, Record]:
+    """The runs by a short name of each: as much of their path as tells them apart."""
+    paths = [run.folder.resolve() for run in runs]
+    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = [str(Path(*path.parts[-parts:])) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return dict(zip(names, runs, strict=True))
+
+
+def compare_table(runs: Mapping[str, Record]) -> list[list[str]]:
     """A column a run: what one asks first, then the fields in which they differ."""
-    told = [summary(run) for run in runs]
+    told = [summary(run) for run in runs.values()]
     asked = [[key, *(figures[key] for figures in told)] for key in told[0]]
-    differing = [row for row in differences(runs) if row[0] not in told[0]]
-    return [["", *names], *asked, *differing]
+    differing = [row for row in differences(list(runs.values())) if row[0] not in told[0]]
+    return [["", *runs], *asked, *differing]
+
+
+def comparison_page(runs: Mapping[str, Record]) -> str:
+    """A page with the table and all curves overlaid."""
+    head, *rows = compare_table(runs)
+    body = f"{wide_table(head, rows)}\n{draw_charts(runs)}"
+    return PAGE.substitute(title=safe(" · ".join(runs)), facts=count(len(runs), "run"), body=body)
 
 
 def show(run: Record) -> str:

@@ -5,6 +5,7 @@ Everything that comes from a run is hostile until it is escaped: a model may wri
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -16,6 +17,11 @@ PICTURES = {code: f"[U+{code:04X}]" for code in [*HIDDEN, *range(0x2066, 0x206A)
 def safe(value: Any) -> str:
     """Anything as text for the page: the one door from a run's content to HTML."""
     return escape(str(value).translate(PICTURES))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page; a lone surrogate, which JSON can carry, has no UTF-8."""
+    path.write_bytes(page.encode("utf-8", "replace"))
 
 
 def wide_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -75,6 +81,7 @@ svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-num
 .line, .raw, .whisker { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 .raw { stroke-width: 1; opacity: .3; } .band { fill: var(--c); opacity: .16; } .whisker { opacity: .5; }
 circle { fill: var(--c); }
+.note { color: var(--soft); font-size: .85rem; margin-top: .8rem; }
 .warning { color: var(--c4); font-size: .82rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1rem;
   align-items: start; }

@@ -7,7 +7,7 @@ from typing import Any
 
 from runs.charts import draw_charts
 from runs.figures import count, duration, number
-from runs.page import PAGE, safe, wide_table
+from runs.page import PAGE, safe, wide_table, write_page
 from runs.records import Record, read_run
 from runs.samples import show_samples
 from runs.watchdog import FINDINGS
@@ -18,8 +18,7 @@ INCIDENTS = 20  # shown, the last
 def write_report(folder: Path) -> Path:
     """Write the report of a run into its folder; returns its path."""
     path = folder / "report.html"
-    # A lone surrogate, which JSON can carry, has no UTF-8.
-    path.write_bytes(report_page(folder).encode("utf-8", "replace"))
+    write_page(path, report_page(folder))
     return path
 
 
@@ -38,7 +37,7 @@ def report_page(folder: Path) -> str:
     parts = (
         _tiles(run),
         _warnings(run),
-        draw_charts(run),
+        draw_charts({run.name: run}),
         _rewards(run),
         _incidents(run),
         show_samples(folder / "rollouts.jsonl"),
@@ -83,10 +82,11 @@ def _tiles(run: Record) -> str:
     total = run.config.get("total_steps", "an unknown number")
     tiles.append(("steps", f"{done}", "finished" if done == total else f"of {total}"))
     tiles.append(("time in steps", duration(run.seconds), "evaluation and saving not counted"))
-    return "".join(
+    told = "".join(
         f'<div class="tile"><p>{safe(over)}</p><strong>{safe(figure)}</strong><p>{safe(under)}</p></div>'
         for over, figure, under in tiles
     )
+    return f'<div class="tiles">{told}</div>'
 
 
 def _when(row: dict[str, Any]) -> str:

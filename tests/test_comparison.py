@@ -12,7 +12,7 @@ from written import evaluation, jsonl, metrics_row, write_run
 
 from runs import lock
 from runs.__main__ import main
-from runs.comparison import aligned, compare_table, differences, summary
+from runs.comparison import aligned, compare_table, comparison_page, differences, name_all, summary
 from runs.records import find_runs, read_run
 
 
@@ -96,7 +96,7 @@ def test_compare_has_a_column_a_run_and_what_differs(tmp_path, capsys, monkeypat
     assert told["learning_rate"] == ["0.0001", "0.0002"]
     assert told["seed"] == ["7", "8"]
     assert "total_steps" not in told
-    names = [row[0] for row in compare_table([read_run(tmp_path / name) for name in "ab"], "ab")]
+    names = [row[0] for row in compare_table({name: read_run(tmp_path / name) for name in "ab"})]
     assert len(names) == len(set(names))  # what both the summary and the settings have stands once
 
 
@@ -123,6 +123,77 @@ def test_a_folder_without_a_run_is_refused_with_those_in_it(command, tmp_path, c
     told = capsys.readouterr().err
     assert "holds no run (no config.yaml)" in told
     assert str(tmp_path / "demo" / "grpo") in told
+
+
+def test_runs_are_called_by_as_much_of_their_path_as_tells_them_apart(tmp_path, monkeypatch):
+    runs = [read_run(tmp_path / path) for path in ("0/grpo", "1/grpo", "1/sft")]
+    assert list(name_all(runs)) == ["0/grpo", "1/grpo", "1/sft"]
+    assert list(name_all(runs[1:])) == ["grpo", "sft"]
+    monkeypatch.chdir(tmp_path)
+    assert list(name_all([read_run(Path(".")), *runs[:1]])) == [tmp_path.name, "grpo"]
+    assert list(name_all([runs[0], runs[0]])) == ["grpo"]
+
+
+def charts(page):
+    """What each chart of a page shows: the labels of its lines, by its title."""
+    told = re.findall(r"<figcaption><h3>([^<]*)</h3>(.*?)</figcaption>", page)
+    return {title: re.findall(r"</i>([^<]*)<b>", legend) for title, legend in told}
+
+
+def test_report_overlays_runs_a_chart_a_metric_and_a_line_a_run(tmp_path, capsys):
+    write_run(tmp_path / "a")
+    rows = [
+        metrics_row(step, **{"train/reward": 0.25, "critic/value_loss": 1 / step}) for step in range(1, 41)
+    ]
+    jsonl(write_run(tmp_path / "deeper" / "b", seed=8) / "metrics.jsonl", rows)
+    main(["report", str(tmp_path / "a"), str(tmp_path / "deeper" / "b")])
+    assert capsys.readouterr().out == f"{tmp_path / 'comparison.html'}\n"
+    page = (tmp_path / "comparison.html").read_text()
+    shown = charts(page)
+    assert list(shown)[:2] == ["Accuracy", "Mean reward"]
+    for title in ("Accuracy", "Mean reward", "Loss", "Reward by part, unweighted: correct", "Gradient norm"):
+        assert shown[title] == ["a", "b"], title
+    assert shown["Value loss"] == ["b"]
+    assert shown["Time per step: update, s"] == ["a", "b"]
+    assert "Undecided fraction" not in shown
+    assert "Undecided fraction 0%" in page
+    assert "<tr><th>seed</th><td>7</td><td>8</td></tr>" in page
+    # A line of each run, and the axis of the longest.
+    reward = page.partition("<h3>Mean reward</h3>")[2].partition("</figure>")[0]
+    assert reward.count('class="line"') == 2
+    assert re.findall(r'class="mid">(\d+)<', reward)[-1] == "60"
+
+
+def test_a_number_that_differs_between_runs_is_drawn_though_it_never_changes(tmp_path):
+    for name, rate in (("a", 1e-4), ("b", 2e-4)):
+        rows = [metrics_row(step, **{"policy/learning_rate": rate, "x/size": 8}) for step in (1, 2, 3)]
+        jsonl(write_run(tmp_path / name) / "metrics.jsonl", rows)
+    page = comparison_page(name_all([read_run(tmp_path / name) for name in "ab"]))
+    assert charts(page)["Learning rate"] == ["a", "b"]
+    assert "Size 8" in page
+
+
+def test_report_of_one_run_is_its_own_and_can_go_elsewhere(tmp_path, capsys):
+    folder = write_run(tmp_path / "a")
+    main(["report", str(folder)])
+    main(["report", str(folder), "--to", str(tmp_path / "x.html")])
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n{tmp_path / 'x.html'}\n"
+    assert (folder / "report.html").read_text() == (tmp_path / "x.html").read_text()
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(folder), "--to", str(tmp_path / "nowhere" / "x.html")])
+    assert stopped.value.code == 2
+    assert "cannot be written (No such file or directory)" in capsys.readouterr().err
+
+
+def test_nothing_that_runs_hold_becomes_html_in_a_comparison(tmp_path):
+    hostile = "<script>alert(1)</script>"
+    for name in ("a", "b"):
+        folder = write_run(tmp_path / f"{name}{hostile.replace('/', '')}", model=hostile, **{hostile: name})
+        jsonl(folder / "metrics.jsonl", [metrics_row(1, **{f"rewards/{hostile}": 1.0, f"x/{hostile}": 1.0})])
+        jsonl(folder / "eval.jsonl", [{**evaluation(1, 0.5), "set": hostile, "n": hostile}])
+    page = comparison_page(name_all([read_run(path) for path in find_runs(tmp_path)]))
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") > 10
 
 
 def test_text_tables_are_aligned():

@@ -89,6 +89,7 @@ def test_headline_names_the_run_and_gives_first_and_last_accuracy_steps_and_time
     assert "torch 2.13.0" in spaced(page)
     assert "commit –" in spaced(page)
     assert "train_grpo.py --data 'a b'" in spaced(page)
+    assert page.attributes.count(("class", "tiles")) == 1
 
 
 def spaced(page):
