@@ -31,7 +31,7 @@ def wide_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         f"<tr><th>{safe(first)}</th>{''.join(f'<td>{safe(cell)}</td>' for cell in cells)}</tr>"
         for first, *cells in rows
     )
-    return f'<table class="wide"><tr>{over}</tr>{lines}</table>'
+    return f'<div class="scroll"><table class="wide"><tr>{over}</tr>{lines}</table></div>'
 
 
 PAGE = Template("""<!doctype html>
@@ -64,9 +64,9 @@ header p, h2 + p, .tile p, figcaption { color: var(--soft); }
 .large, .small { display: grid; gap: 1rem; margin-top: 1rem; }
 .large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
 .small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); }
-figure { display: flex; flex-direction: column; margin: 0; padding: 1rem 1.1rem .7rem; }
+figure { display: flex; flex-direction: column; min-width: 0; margin: 0; padding: 1rem 1.1rem .7rem; }
 figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .1rem 1rem;
-  margin-bottom: .5rem; font-size: .82rem; }
+  margin-bottom: .5rem; font-size: .82rem; overflow-wrap: anywhere; }
 figcaption h3 { color: var(--text); }
 figcaption div { display: flex; flex-wrap: wrap; gap: 0 .9rem; }
 figcaption i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em;
@@ -100,6 +100,7 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem; table-layout:
 th, td { padding: .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top;
   overflow-wrap: anywhere; }
 th { width: 42%; padding-right: 1rem; color: var(--soft); font-weight: 450; }
+.scroll { overflow-x: auto; }
 .wide { table-layout: auto; margin-top: .6rem; }
 .wide th, .wide td { width: auto; padding-right: 1.2rem; font-variant-numeric: tabular-nums; }
 </style>

@@ -55,6 +55,17 @@ ARCHITECTURES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
 
+CHROMIUM = "/usr/bin/chromium"
+CHROMIUM_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
 
 @pytest.fixture(scope="session")
 def tiny():
@@ -133,3 +144,15 @@ def reward_folder(tmp_path_factory, chat_tokenizer):
     model.save_pretrained(folder)
     chat_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real browser, headless."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"the browser tests need {CHROMIUM} (apt-get install chromium)")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
+        yield browser
+        browser.close()

@@ -1,4 +1,3 @@
-import os
 import re
 import socket
 import threading
@@ -18,17 +17,6 @@ from inference import SamplingParams  # noqa: E402
 from inference.chat import InTurn, Turn, load_chat_model  # noqa: E402
 from inference.markdown import as_markdown  # noqa: E402
 from runs.config import UserError  # noqa: E402
-
-CHROMIUM = "/usr/bin/chromium"
-CHROMIUM_ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 pytestmark = pytest.mark.filterwarnings("ignore:::gradio")
 
@@ -250,17 +238,6 @@ def server(outside, model):
     page = app.build_page(model, config)
     yield app.launch(page, config, auth=None).rstrip("/")
     page.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
-    if not os.path.exists(CHROMIUM):
-        pytest.skip(f"the browser tests need {CHROMIUM} (apt-get install chromium)")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield browser
-        browser.close()
 
 
 class Visitor:
