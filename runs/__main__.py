@@ -1,8 +1,11 @@
 """What ran, where it stands, and how it compares.
 
-python -m runs list                               # the runs in outputs/
-python -m runs show outputs/grpo
-python -m runs compare outputs/grpo outputs/dapo
+It reads the folders of runs, also while they train, and writes only the page that `report` is asked for.
+
+    python -m runs list                               # the runs in outputs/
+    python -m runs show outputs/grpo
+    python -m runs compare outputs/grpo outputs/dapo
+    python -m runs report outputs/grpo outputs/dapo   # one page, the curves overlaid
 """
 
 import argparse
