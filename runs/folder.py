@@ -33,7 +33,8 @@ from runs.checkpoint import (
     write_folder,
 )
 from runs.config import RunStopped, at_the_door, to_yaml
-from runs.metrics import LINES, RunLog, cut_lines, line_offsets, start_trackers
+from runs.lines import LINES, cut_lines, line_offsets
+from runs.metrics import RunLog, start_trackers
 from runs.records import read_rows
 from runs.report import write_report
 from runs.signals import StopRequest

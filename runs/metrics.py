@@ -1,7 +1,6 @@
 """What a run tells: JSON lines on disk, trackers, and the console."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from runs.console import Console, LogLevel
+from runs.lines import append_whole
 from runs.watchdog import FINDINGS, Finding
-
-LINES = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl", "canaries.jsonl")
 
 # What trackers that have tables are shown of the completions: a few, of milestones.
 TABLE = ("step", "question", "completion", "gold", "extracted", "correct", "reward", "advantage")
@@ -119,34 +117,3 @@ class RunLog:
 
 def _told(findings: Sequence[Finding]) -> dict[str, Any]:
     return {FINDINGS: [asdict(finding) for finding in findings]} if findings else {}
-
-
-def append_whole(path: Path, data: bytes) -> None:
-    """Append all of the data, or nothing where the disk cannot take it.
-
-    Raises:
-        OSError: nothing was written.
-    """
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "ab") as file:
-            file.write(data)
-    except OSError:
-        if path.exists():
-            os.truncate(path, size)
-        raise
-
-
-def line_offsets(folder: Path) -> dict[str, int]:
-    """How many bytes each of the run's JSONL files holds, to be kept in a checkpoint."""
-    return {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in LINES}
-
-
-def cut_lines(folder: Path, offsets: dict[str, int]) -> None:
-    """Cut the run's JSONL files back to the checkpoint's offsets: no step is told twice after a resume."""
-    for name in LINES:
-        path = folder / name
-        if path.exists():
-            with open(path, "r+b") as file:
-                # Never longer: a file that a power cut left short would be filled up with zero bytes.
-                file.truncate(min(offsets.get(name, 0), path.stat().st_size))

@@ -1,3 +1,4 @@
+import json
 import re
 import socket
 import threading
@@ -5,20 +6,35 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 gr = pytest.importorskip("gradio", reason="the page needs gradio")
 
 from scripted import ByteTokenizer, scripted_model  # noqa: E402
+from written import jsonl, rollout, write_run  # noqa: E402
 
 import app  # noqa: E402 - after the check for gradio
 from inference import SamplingParams  # noqa: E402
 from inference.chat import InTurn, Turn, load_chat_model  # noqa: E402
 from inference.markdown import as_markdown  # noqa: E402
+from page.chat import ChatPage, Conversation, cancelled, chat_messages  # noqa: E402
+from page.shelf import Shelf  # noqa: E402
 from runs.config import UserError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:::gradio")
+
+
+def shelf_of(*models):
+    return Shelf(
+        ["scripted", "another"][: len(models)], dict(zip(["scripted", "another"], models, strict=False)).get
+    )
+
+
+def chat_page(model, **changes):
+    return ChatPage(shelf_of(model), app.AppConfig(model="scripted", **changes), InTurn())
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Without a browser
@@ -88,11 +104,11 @@ def test_the_page_defaults_to_this_machine():
 
 
 def test_a_stopped_question_says_so_and_is_no_longer_being_answered():
-    conversation = app.Conversation([Turn("q")])
+    conversation = Conversation([Turn("q")])
     assert conversation.is_answering
-    conversation.turns[-1] = app.cancelled(conversation.turns[-1], ByteTokenizer())
+    conversation.turns[-1] = cancelled(conversation.turns[-1], ByteTokenizer())
     assert not conversation.is_answering
-    messages = [message for _, message in app.chat_messages(conversation.turns)]
+    messages = [message for _, message in chat_messages(conversation.turns)]
     assert messages[-1].content[0]["text"] == "*Stopped.*"
 
 
@@ -107,16 +123,16 @@ def test_a_stopped_question_says_so_and_is_no_longer_being_answered():
 )
 def test_what_a_finished_completion_shows(reply, limit, texts):
     readings = list(scripted_model(reply).stream([Turn("q")], SamplingParams(limit), (0,)))
-    messages = app.chat_messages([Turn("q", readings[-1])])
+    messages = chat_messages([Turn("q", readings[-1])])
     assert [message.content[0]["text"] for _, message in messages] == ["q", *texts]
 
 
 def test_a_conversation_that_outgrows_the_model_is_told_and_left_as_it_was():
-    page = app.ChatPage(scripted_model("x", context_tokens=60), app.AppConfig(model="scripted"))
-    conversation = app.Conversation()
+    page = chat_page(scripted_model("x", context_tokens=60))
+    conversation = Conversation()
     conversation.ask("y" * 100)
     with pytest.raises(gr.Error, match="at most 60"):
-        list(page.answer(conversation, 0.0, 1.0, 10, 0))
+        list(page.answer(conversation, "scripted", 0.0, 1.0, 10, 0))
     assert conversation.turns == []
 
 
@@ -124,16 +140,16 @@ def test_a_server_that_is_gone_is_told_and_the_question_given_back():
     def gone(prompt):
         raise ConnectionError("the server is gone")
 
-    page = app.ChatPage(scripted_model(gone), app.AppConfig(model="scripted"))
-    conversation = app.Conversation()
+    page = chat_page(scripted_model(gone))
+    conversation = Conversation()
     conversation.ask("q")
     with pytest.raises(gr.Error, match="the server is gone"):
-        list(page.answer(conversation, 0.0, 1.0, 10, 0))
+        list(page.answer(conversation, "scripted", 0.0, 1.0, 10, 0))
     assert conversation.turns == []
 
 
 def test_programs_get_no_more_tokens_than_the_page_allows():
-    page = app.ChatPage(scripted_model("y" * 100), app.AppConfig(model="scripted", max_completion_tokens=20))
+    page = chat_page(scripted_model("y" * 100), max_completion_tokens=20)
     *_, last = page.answer_once("q", max_completion_tokens=10_000)
     assert (last["tokens"], last["finish_reason"]) == (20, "length")
     for wrong in ({"top_p": 7.0}, {"seed": -1}, {"max_completion_tokens": 0}):
@@ -152,7 +168,7 @@ def test_the_built_in_model_answers_through_the_page():
     pytest.importorskip("torch")
     model = load_chat_model("tiny")
     assert model.single_question
-    page = app.ChatPage(model, app.AppConfig(model="tiny"))
+    page = chat_page(model)
     *_, last = page.answer_once("1 + 2 = ?", temperature=1.0, max_completion_tokens=20)
     assert last["finish_reason"] in ("stop", "length")
     assert 1 <= last["tokens"] <= 20
@@ -233,9 +249,25 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def server(outside, model):
-    config = app.AppConfig(model="scripted", port=free_port(), max_completion_tokens=9000)
-    page = app.build_page(model, config)
+def folder(tmp_path_factory):
+    """A folder of runs, with one in it."""
+    folder = tmp_path_factory.mktemp("outputs")
+    write_run(folder / "first")
+    hostile = "<script>window.hacked = 11</script><img src=x onerror=window.hacked=12>"
+    jsonl(folder / "first" / "rollouts.jsonl", [rollout(2, 0, hostile, correct=False)])
+    jsonl(
+        folder / "first" / "canaries.jsonl",
+        [{"step": 0, "question": "7?", "correct": True, "completion": hostile}],
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(outside, model, folder):
+    places = {"runs": str(folder), "feedback": str(folder / "feedback")}
+    config = app.AppConfig(model="scripted", port=free_port(), max_completion_tokens=9000, **places)
+    before = scripted_model("<think>no idea</think><answer>0</answer>", seconds_per_token=0.002)
+    page = app.build_page(shelf_of(model, before), config)
     yield app.launch(page, config, auth=None).rstrip("/")
     page.close(verbose=False)
 
@@ -579,7 +611,7 @@ def test_the_server_takes_no_uploads_and_allows_nothing_from_elsewhere(server):
 @pytest.mark.slow
 def test_a_page_with_a_password_tells_nothing_without_it(model):
     config = app.AppConfig(model="scripted", port=free_port())
-    page = app.build_page(model, config)
+    page = app.build_page(shelf_of(model), config)
     address = app.launch(page, config, auth=("ann", "secret")).rstrip("/")
     try:
         with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -592,7 +624,7 @@ def test_a_page_with_a_password_tells_nothing_without_it(model):
 def test_a_port_in_use_is_the_users_mistake(model, server):
     config = app.AppConfig(model="scripted", port=int(server.rpartition(":")[2]))
     with pytest.raises(UserError, match=f"port {config.port}"):
-        app.launch(app.build_page(model, config), config, auth=None)
+        app.launch(app.build_page(shelf_of(model), config), config, auth=None)
 
 
 @pytest.mark.slow
@@ -602,6 +634,59 @@ def test_the_server_reaches_nothing_outside_this_machine(server, outside):
 
 @pytest.mark.slow
 def test_a_small_model_is_offered_sums_only(model):
-    page = app.build_page(replace(model, single_question=True), app.AppConfig(model="scripted"))
+    page = app.build_page(shelf_of(replace(model, single_question=True)), app.AppConfig(model="scripted"))
     (chatbot,) = [block for block in page.blocks.values() if isinstance(block, gr.Chatbot)]
     assert all(re.fullmatch(r"\d+ \+ \d+ \+ \d+ = \?", example["text"]) for example in chatbot.examples)
+
+
+@pytest.mark.slow
+def test_another_model_is_chosen_and_answers(visitor):
+    visitor.ask("1 + 1 = ?")
+    visitor.see("heard: 1 + 1 = ?")
+    visitor.settled()
+    visitor.page.locator("#model input").click()
+    visitor.page.get_by_role("option", name="another").click()
+    visitor.ask("2 + 2 = ?")
+    visitor.page.locator("#status").get_by_text("checked: wrong").wait_for()
+    assert visitor.answer() == "0"
+
+
+@pytest.mark.slow
+def test_two_models_stand_side_by_side(visitor):
+    visitor.page.get_by_role("tab", name="Side by side").click()
+    box = visitor.page.locator("#compare-question textarea")
+    box.fill("3 + 4 = ?")
+    box.press("Enter")
+    visitor.page.locator("#compare-right").get_by_text("heard: 3 + 4 = ?").wait_for()
+    visitor.page.locator("#compare-left [data-testid=bot]").last.get_by_text("0", exact=True).wait_for()
+
+
+@pytest.mark.slow
+def test_an_answer_is_liked_and_the_conversation_exported(visitor, folder):
+    visitor.ask("5 + 6 = ?")
+    visitor.see("heard: 5 + 6 = ?")
+    visitor.settled()
+    visitor.page.get_by_label("Like", exact=True).last.click()
+    visitor.page.get_by_text("Kept in").wait_for()
+    (kept,) = [json.loads(line) for line in (folder / "feedback" / "liked.jsonl").read_text().splitlines()]
+    assert kept["question"] == "5 + 6 = ?"
+    assert kept["completion"].startswith("<think>Let me see")
+    with visitor.page.expect_download() as download:
+        visitor.page.locator("#export").click()
+        visitor.page.locator("#export").click()
+    assert json.loads(Path(download.value.path()).read_text(encoding="utf-8")) == kept
+
+
+@pytest.mark.slow
+def test_runs_are_looked_into_and_their_text_does_nothing(visitor):
+    visitor.page.get_by_role("tab", name="Runs").click()
+    report = visitor.page.frame_locator("#report iframe")
+    report.get_by_text("Accuracy", exact=True).first.wait_for()
+    cell = visitor.page.locator("#rollouts").get_by_text("<script>window.hacked").first
+    cell.wait_for()
+    cell.click()
+    visitor.page.wait_for_function(
+        "document.querySelector('#rollout textarea').value.includes('onerror=window.hacked=12')"
+    )
+    visitor.page.locator("#canaries").get_by_text("7?").first.wait_for()
+    assert visitor.page.evaluate("window.hacked") is None

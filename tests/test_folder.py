@@ -16,7 +16,7 @@ from optimizers import Muon
 from runs.checkpoint import MANIFEST, list_checkpoints, save_checkpoint, write_folder
 from runs.config import UserError
 from runs.folder import Run, Start, environment, open_run, write_run
-from runs.metrics import LINES
+from runs.lines import LINES
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from runs.metrics import LINES, RunLog, cut_lines, line_offsets
+from runs.lines import LINES, cut_lines, line_offsets
+from runs.metrics import RunLog
 from runs.watchdog import Finding
 
 STEP = {

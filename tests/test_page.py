@@ -4,7 +4,7 @@ import json
 from html import escape
 
 import pytest
-from folders import jsonl, metrics_row, rollout, write_run
+from written import jsonl, metrics_row, rollout, write_run
 
 from runs.comparison import comparison_page, name_all
 from runs.page import write_page

@@ -83,7 +83,8 @@ ROOMS = {
         "runs.*",
         "tokenizer",
     ],
-    "app": ["data", "inference.*", "models", "prompts", "rewards.*", "runs.*"],
+    "page": ["data", "inference.*", "page.*", "prompts", "rewards.*", "runs.*"],
+    "app": ["data", "inference.*", "models", "page.*", "prompts", "rewards.*", "runs.*"],
     "export": ["folders", "inference.*", "models", "prompts", "runs.*", "tokenizer"],
 }
 
@@ -124,7 +125,7 @@ GUARDED = {
         "updates",
     ],
     "datasets": ["data"],
-    "gradio": ["app"],
+    "gradio": ["app", "page.*"],
     "mlx": ["inference.mlx_engine", "inference.convert_mlx", "inference.chat"],
     "mlx_lm": ["inference.mlx_engine", "inference.convert_mlx", "inference.chat"],
     # Through Accelerate's trackers.

@@ -1,0 +1,336 @@
+"""The chat of the page: what one visitor asks and reads."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from inference import SamplingParams
+from inference.chat import ChatModel, InTurn, TooLongError, Turn, describe, examples
+from inference.markdown import INVISIBLE, as_markdown, as_typed
+from inference.reading import CompletionReader, Reading
+from page import feedback
+from page.checking import check
+from page.settings import chatbot
+from page.shelf import Shelf
+
+# Each of these answers streams at its share of the model's speed; whoever comes later waits in the queue.
+ANSWERS_AT_ONCE = 4
+
+QUESTION_CHARACTERS = 8_000
+
+# ------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def chat_messages(turns: list[Turn]) -> list[tuple[int, gr.ChatMessage]]:
+    """The messages that show a conversation, each with the number of its turn."""
+    messages = []
+    for number, turn in enumerate(turns):
+        messages.append((number, _message("user", as_typed(turn.question))))
+        if turn.reading:
+            messages += [(number, message) for message in _completion_messages(turn.reading)]
+    return messages
+
+
+def _completion_messages(reading: Reading) -> Iterator[gr.ChatMessage]:
+    is_over = reading.finish_reason is not None
+    thought, answer = (reading.thought or "").strip(), reading.answer.strip()
+    if thought or reading.thinking:
+        seconds = f"{reading.thought_seconds:.1f} s · {reading.thought_tokens} tokens"
+        if not reading.thinking:
+            metadata = {"title": f"Thought for {seconds}", "status": "done"}
+        elif is_over:
+            # There is no answer to see: leave the thought open.
+            metadata = {"title": f"Thought for {seconds}, unfinished"}
+        else:
+            metadata = {"title": "Thinking…", "status": "pending"}
+        yield _message("assistant", as_markdown(thought), metadata)
+    if answer:
+        yield _message("assistant", as_markdown(answer))
+    elif is_over:
+        yield _message("assistant", f"*{_no_answer(reading)}*")
+
+
+def _no_answer(reading: Reading) -> str:
+    if reading.finish_reason == "cancelled":
+        return "Stopped."
+    if reading.finish_reason == "length":
+        return f"No answer within {reading.tokens} tokens. The settings may allow more."
+    return "The model ended without an answer."
+
+
+def _message(role: str, text: str, metadata: dict | None = None) -> gr.ChatMessage:
+    # Not the bare text: Gradio takes indentation out of that.
+    return gr.ChatMessage(role=role, content=[{"type": "text", "text": text}], metadata=metadata or {})
+
+
+def cancelled(turn: Turn, tokenizer: object) -> Turn:
+    """A turn that was stopped, with what it had until then."""
+    if turn.reading:
+        return replace(turn, reading=replace(turn.reading, finish_reason="cancelled"))
+    reader = CompletionReader(tokenizer)
+    reader.finish("cancelled")
+    return replace(turn, reading=reader.reading())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One visitor's chat
+
+
+@dataclass
+class Conversation:
+    """What one visitor has asked and read. It stays on the server, so that no request can forge it."""
+
+    turns: list[Turn] = field(default_factory=list)
+    attempt: int = 0
+
+    @property
+    def is_answering(self) -> bool:
+        """The last question still waits for the end of its answer."""
+        return bool(self.turns) and (
+            self.turns[-1].reading is None or not self.turns[-1].reading.finish_reason
+        )
+
+    def ask(self, question: str) -> None:
+        """Add a question, checked."""
+        if self.is_answering:
+            raise refusal("An answer is being written. Wait for it, or stop it.")
+        if not question.strip():
+            raise refusal("Type a question first.")
+        if len(question) > QUESTION_CHARACTERS:
+            raise refusal(
+                f"The question has {len(question):,} characters; at most {QUESTION_CHARACTERS:,} are taken."
+            )
+        self.turns.append(Turn(question.strip()))
+        self.attempt = 0
+
+
+def told(turn: Turn) -> str:
+    """How long an answer is, how fast it came, and whether it is right where that can be checked."""
+    if turn.reading is None:
+        return ""
+    is_right = check(turn.question, turn.reading.text) if turn.reading.finish_reason == "stop" else None
+    verdict = {True: " · checked: right", False: " · checked: wrong", None: ""}[is_right]
+    return describe(turn.reading) + verdict
+
+
+def refusal(message: str) -> gr.Error:
+    """What a visitor is told instead of an answer."""
+    return gr.Error(message, duration=6, print_exception=False)
+
+
+class ChatPage:
+    """The chat: its components and what they do."""
+
+    def __init__(self, shelf: Shelf, config: Any, engine_turn: InTurn) -> None:
+        """Serve the models of a shelf; see `build` for the page.
+
+        Args:
+            shelf: the models.
+            config: an `app.AppConfig`.
+            engine_turn: shared by all that compute on this machine.
+        """
+        self.shelf, self.config, self.engine_turn = shelf, config, engine_turn
+
+    # Events: each returns what its components show next.
+
+    def send(self, question: str, conversation: Conversation):
+        """A question is sent."""
+        conversation.ask(question)
+        return self._busy(conversation, value="")
+
+    def send_example(self, conversation: Conversation, event: gr.SelectData):
+        """An example is clicked."""
+        conversation.ask(str(event.value["text"]))
+        return self._busy(conversation)
+
+    def retry(self, conversation: Conversation, temperature: float):
+        """The last question is asked again, with other random numbers."""
+        if not conversation.turns or conversation.is_answering:
+            raise refusal("There is nothing to answer again.")
+        if temperature == 0:
+            gr.Info("At temperature 0 the answer is always the same; the settings can raise it.", duration=5)
+        conversation.turns[-1] = Turn(conversation.turns[-1].question)
+        conversation.attempt += 1
+        return self._busy(conversation)
+
+    def edit(self, conversation: Conversation, event: gr.EditData):
+        """A question is changed: what came after it goes, and it is asked anew."""
+        index = event.index[0] if isinstance(event.index, list | tuple) else event.index
+        rows = chat_messages(conversation.turns)
+        if conversation.is_answering or not 0 <= index < len(rows):
+            raise refusal("This question cannot be changed now.")
+        kept = conversation.turns[: rows[index][0]]
+        changed = Conversation(kept)
+        changed.ask(str(event.value).replace(INVISIBLE, ""))
+        conversation.turns, conversation.attempt = changed.turns, 0
+        return self._busy(conversation)
+
+    def undo(self, conversation: Conversation):
+        """The last question goes back to where it was typed."""
+        question = conversation.turns.pop().question if conversation.turns else ""
+        return self._messages(conversation), "", question
+
+    def clear(self, conversation: Conversation):
+        """The conversation starts over."""
+        conversation.turns, conversation.attempt = [], 0
+        return self._idle(conversation)
+
+    def like(self, conversation: Conversation, name: str, event: gr.LikeData):
+        """An answer is liked or disliked: it is kept for the next cold start, or as a warning."""
+        if event.liked not in (True, False):  # a choice taken back
+            return
+        index = event.index[0] if isinstance(event.index, list | tuple) else event.index
+        rows = chat_messages(conversation.turns)
+        turn = conversation.turns[rows[index][0]] if 0 <= index < len(rows) else None
+        if turn is None or turn.reading is None or conversation.is_answering:
+            raise refusal("There is no finished answer to judge.")
+        try:
+            file = feedback.keep(Path(self.config.feedback), event.liked, turn, name)
+        except OSError as error:
+            raise refusal(f"The answer could not be kept: {error}") from error
+        gr.Info(f"Kept in {file}.", duration=3)
+
+    def export(self, conversation: Conversation, name: str) -> str:
+        """The conversation as worked examples, in a file to download."""
+        file = Path(tempfile.mkdtemp()) / "conversation.jsonl"
+        file.write_text(feedback.lines(conversation.turns, name), encoding="utf-8")
+        return str(file)
+
+    def answer(
+        self,
+        conversation: Conversation,
+        name: str,
+        temperature: float,
+        top_p: float,
+        max_completion_tokens: int,
+        seed: int,
+    ):
+        """The last question is answered, a reading at a time."""
+        params = SamplingParams(int(max_completion_tokens), temperature, top_p=top_p)
+        turns = conversation.turns
+        try:
+            model = self.shelf.get(name)
+            for reading in self._readings(model, turns, params, (int(seed or 0), conversation.attempt)):
+                turns[-1] = replace(turns[-1], reading=reading)
+                yield self._messages(conversation), told(turns[-1])
+        except gr.Error:
+            turns.pop()
+            raise
+
+    def settle(self, conversation: Conversation):
+        """The answer is over; where it was stopped, it says so."""
+        if conversation.is_answering:
+            conversation.turns[-1] = cancelled(conversation.turns[-1], self.shelf.first.tokenizer)
+        return self._idle(conversation)
+
+    def answer_once(
+        self,
+        question: str,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        max_completion_tokens: int = 512,
+        seed: int = 0,
+    ) -> dict:
+        """Answer one question, for programs: a stream of {thought, answer, text, tokens, finish_reason}."""
+        conversation = Conversation()
+        conversation.ask(str(question))
+        limit = min(max_completion_tokens, self.config.max_completion_tokens)
+        if seed < 0:
+            raise refusal(f"seed must be >= 0, got {seed}")
+        try:
+            params = SamplingParams(int(limit), float(temperature), top_p=float(top_p))
+        except ValueError as error:
+            raise refusal(str(error)) from error
+        for reading in self._readings(self.shelf.first, conversation.turns, params, (int(seed), 0)):
+            yield {
+                "thought": reading.thought,
+                "answer": reading.answer.strip(),
+                "text": reading.text,
+                "tokens": reading.tokens,
+                "finish_reason": reading.finish_reason,
+            }
+
+    def _readings(
+        self, model: ChatModel, turns: list[Turn], params: SamplingParams, seed: tuple
+    ) -> Iterator[Reading]:
+        """The answer as it grows. Closing this closes the engine's stream: no other token is computed."""
+        try:
+            with closing(model.stream(turns, params, seed, self.engine_turn)) as readings:
+                yield from readings
+        except (TooLongError, ConnectionError) as error:
+            raise refusal(str(error)) from error
+
+    def _messages(self, conversation: Conversation) -> list[gr.ChatMessage]:
+        return [message for _, message in chat_messages(conversation.turns)]
+
+    def _busy(self, conversation: Conversation, **textbox):
+        return self._messages(conversation), "", gr.Textbox(submit_btn=False, stop_btn=True, **textbox)
+
+    def _idle(self, conversation: Conversation):
+        return (
+            self._messages(conversation),
+            told(conversation.turns[-1]) if conversation.turns else "",
+            gr.Textbox(submit_btn=True, stop_btn=False),
+        )
+
+    # The page
+
+    def build(self, settings: list[gr.components.Component]) -> None:
+        """Lay out the components and connect them; call it inside `gr.Blocks`."""
+        conversation = gr.State(Conversation())
+        names = self.shelf.names
+        with gr.Column(elem_id="chat-page"):
+            name = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1, elem_id="model")
+            bot = chatbot(
+                elem_id="chat",
+                editable="user",
+                feedback_options=("Like", "Dislike"),
+                placeholder="## What shall we work out?",
+                examples=[{"text": text} for text in examples(self.shelf.first)],
+            )
+            status = gr.Markdown(elem_id="status", container=False)
+            question = gr.Textbox(
+                show_label=False,
+                container=False,
+                elem_id="question",
+                placeholder="Ask a question",
+                submit_btn=True,
+                autofocus=True,
+                max_lines=8,
+            )
+
+        shown = [bot, status, question]
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        started = [
+            question.submit(self.send, [question, conversation], shown, **hidden),
+            bot.example_select(self.send_example, conversation, shown, **hidden),
+            bot.retry(self.retry, [conversation, settings[0]], shown, **hidden),
+            bot.edit(self.edit, conversation, shown, **hidden),
+        ]
+        engine = {"concurrency_id": "engine", "concurrency_limit": ANSWERS_AT_ONCE}
+        answering = [
+            event.success(
+                self.answer,
+                [conversation, name, *settings],
+                [bot, status],
+                api_visibility="private",
+                show_progress="minimal",
+                **engine,
+            )
+            for event in started
+        ]
+        for event in answering:
+            event.then(self.settle, conversation, shown, **hidden)
+        question.stop(None, cancels=answering, **hidden)
+        bot.like(self.like, [conversation, name], None, **hidden)
+        export = gr.DownloadButton("Export as JSONL", size="sm", elem_id="export")
+        export.click(self.export, [conversation, name], export, **hidden)
+        bot.undo(self.undo, conversation, shown, **hidden)
+        bot.clear(None, cancels=answering, **hidden).then(self.clear, conversation, shown, **hidden)
+        gr.api(self.answer_once, api_name="ask", **engine)

@@ -1,0 +1,121 @@
+"""Runs to look into: live curves, every rollout with what it earned and why, canaries through time."""
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from runs.records import find_runs, read_ends, read_rows
+from runs.report import report_page
+
+REFRESH_S = 10
+FILTERS = {
+    "all": lambda row: True,
+    "rewarded but strictly wrong": lambda row: row["reward"] > 0 and row["correct"] is False,
+    "truncated": lambda row: row["finish_reason"] == "length",
+    "undecided": lambda row: row["correct"] is None and row["gold"] is not None,
+}
+COLUMNS = ("step", "group", "correct", "reward", "advantage", "extracted", "gold", "tokens", "completion")
+ROWS = 200  # shown at once
+CHARACTERS = 120  # of a completion in the table; whole when it is clicked
+
+
+class RunsPage:
+    """What lies under a folder of runs; only what is found there can be chosen."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look into the runs under a folder."""
+        self.folder = folder
+
+    def names(self) -> list[str]:
+        """The runs, the latest first."""
+        return [str(run.relative_to(self.folder)) for run in reversed(find_runs(self.folder))]
+
+    def run(self, name: str | None) -> Path | None:
+        """The folder of a run that is there, None for anything else."""
+        return self.folder / name if name in self.names() else None
+
+    def report(self, name: str | None) -> str:
+        """The run's report, in a frame that runs no script."""
+        run = self.run(name)
+        if run is None:
+            return f"<p>No run under {escape(str(self.folder))} yet: train one.</p>"
+        # One line, as Markdown wants its HTML.
+        page = escape(report_page(run), quote=True).replace("\n", "&#10;")
+        return f'<iframe sandbox="" srcdoc="{page}" title="report" class="report"></iframe>'
+
+    def rollouts(self, name: str | None, which: str, step: int | None) -> list[list[Any]]:
+        """The rows of the table: the run's first and last rollouts that pass the filter."""
+        return [
+            [self._cell(row.get(column)) for column in COLUMNS[:-1]] + [_short(row["completion"])]
+            for row in self._rows(name, which, step)
+        ]
+
+    def whole(self, name: str | None, which: str, step: int | None, event: gr.SelectData) -> str:
+        """The rollout that was clicked, whole, with its rewards by part."""
+        rows = self._rows(name, which, step)
+        index = event.index[0]
+        if not 0 <= index < len(rows):
+            return ""
+        row = rows[index]
+        told = {
+            key: row[key] for key in ("question", "gold", "extracted", "correct", "rewards", "finish_reason")
+        }
+        return json.dumps(told, ensure_ascii=False, indent=1) + "\n\n" + row["completion"]
+
+    def canaries(self, name: str | None) -> list[list[Any]]:
+        """How the same problems were answered, problem by problem, step by step."""
+        run = self.run(name)
+        rows = read_rows(run / "canaries.jsonl")[0] if run and (run / "canaries.jsonl").is_file() else []
+        order = {row["question"]: number for number, row in reversed(list(enumerate(rows)))}
+        rows.sort(key=lambda row: (order[row["question"]], row["step"]))
+        return [[row["question"], row["step"], row["correct"], row["completion"]] for row in rows]
+
+    def _rows(self, name: str | None, which: str, step: int | None) -> list[dict[str, Any]]:
+        run = self.run(name)
+        if run is None or not (run / "rollouts.jsonl").is_file():
+            return []
+        first, last = read_ends(run / "rollouts.jsonl")
+        rows = first + [row for row in last if row not in first]
+        keeps = FILTERS[which]
+        return [row for row in rows if (not step or row["step"] == step) and keeps(row)][:ROWS]
+
+    def _cell(self, value: Any) -> Any:
+        return round(value, 3) if isinstance(value, float) else value
+
+    def build(self) -> None:
+        """Lay out the components and connect them; call it inside `gr.Blocks`."""
+        names = self.names()
+        with gr.Row():
+            chosen = gr.Dropdown(names, value=names[0] if names else None, label="Run", elem_id="run")
+            which = gr.Dropdown(list(FILTERS), value="all", label="Rollouts", elem_id="which")
+            step = gr.Number(0, label="Of step", info="0 for all", precision=0, minimum=0)
+        # Not gr.HTML, which evaluates strings as scripts, and the page's policy lets nobody do that. What is
+        # ours alone stands outside the frame, and inside it nothing runs.
+        report = gr.Markdown(sanitize_html=False, latex_delimiters=[], elem_id="report")
+        table = gr.Dataframe(headers=list(COLUMNS), label="Rollouts", interactive=False, elem_id="rollouts")
+        rollout = gr.Textbox(label="The rollout clicked on", lines=8, interactive=False, elem_id="rollout")
+        canaries = gr.Dataframe(
+            headers=["question", "step", "correct", "completion"],
+            label="The same problems through time",
+            interactive=False,
+            wrap=True,
+            elem_id="canaries",
+        )
+        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        asked = [chosen, which, step]
+        chosen.focus(lambda: gr.Dropdown(self.names()), None, chosen, **hidden)
+        # When the page is loaded, and then as runs go on.
+        for event in (None, chosen.change, gr.Timer(REFRESH_S).tick):
+            gr.on(event, self.report, chosen, report, **hidden)
+            gr.on(event, self.canaries, chosen, canaries, **hidden)
+        for event in (None, chosen.change, which.change, step.change):
+            gr.on(event, self.rollouts, asked, table, **hidden)
+        table.select(self.whole, asked, rollout, **hidden)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= CHARACTERS else line[:CHARACTERS] + "…"

@@ -1,0 +1,165 @@
+"""The page's tabs without a browser: which models there are, what is kept and checked, what runs show."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+gr = pytest.importorskip("gradio", reason="the page needs gradio")
+
+from scripted import scripted_model  # noqa: E402
+from written import jsonl, rollout, write_run  # noqa: E402
+
+from data import load_problems  # noqa: E402 - after the check for gradio
+from inference import SamplingParams  # noqa: E402
+from inference.chat import InTurn, Turn  # noqa: E402
+from page import feedback  # noqa: E402
+from page.checking import arithmetic, check  # noqa: E402
+from page.compare import ComparePage  # noqa: E402
+from page.runs import RunsPage  # noqa: E402
+from page.shelf import Shelf  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:::gradio")
+
+
+def test_only_models_of_the_shelf_are_loaded_once_and_the_unused_one_goes():
+    loaded = []
+    shelf = Shelf(["a", "b", "a", "c"], lambda name: loaded.append(name) or SimpleNamespace(name=name))
+    assert shelf.names == ["a", "b", "c"]
+    assert [shelf.get(name).name for name in ("b", "a", "b")] == ["b", "a", "b"]
+    assert loaded == ["a", "b"]
+    shelf.get("c")  # in the place of a
+    shelf.get("b")
+    shelf.get("a")
+    assert loaded == ["a", "b", "c", "a"]
+    with pytest.raises(ValueError, match="not among those"):
+        shelf.get("/etc/passwd")
+
+
+def answered(question, reply, limit=500):
+    *_, last = scripted_model(reply).stream([Turn(question)], SamplingParams(limit), (0,))
+    return Turn(question, last)
+
+
+def test_liked_answers_are_examples_that_the_cold_start_reads(tmp_path):
+    good = answered("2 + 3 = ?", "<think>2 + 3</think><answer>5</answer>")
+    bad = answered("2 + 2 = ?", "<answer>5</answer>")
+    for _ in range(2):
+        assert feedback.keep(tmp_path, True, good, "m") == tmp_path / "liked.jsonl"
+    assert feedback.keep(tmp_path, False, bad, "m") == tmp_path / "disliked.jsonl"
+    read = load_problems(str(tmp_path / "liked.jsonl"), "cold_start", require_gold=False)
+    assert {(p.question, p.completion) for p in read} == {(good.question, good.reading.text)}
+    rows = [json.loads(line) for line in feedback.lines([good, Turn("open"), bad], "m").splitlines()]
+    assert [row["question"] for row in rows] == [good.question, bad.question]
+    cut = answered("long", "<think>" + "x" * 50, limit=20)
+    assert feedback.lines([cut], "m") == ""
+
+
+@pytest.mark.parametrize(
+    ("question", "expression"),
+    [
+        ("12 + 34 + 56 = ?", "12 + 34 + 56"),
+        ("What is (7 − 2) × 3?", "(7 - 2) * 3"),
+        ("calculate 10 ÷ 4", "10 / 4"),
+        ("12 = ?", None),
+        ("What is 12?", None),
+        ("Mia has 3 + 4 apples", None),
+        ("x + 1 = 2", None),
+        ("1 + " * 100 + "1", None),  # longer than anyone types
+    ],
+)
+def test_arithmetic_is_told_from_other_questions(question, expression):
+    assert arithmetic(question) == expression
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "is_right"),
+    [
+        ("12 + 34 + 56 = ?", "102", True),
+        ("12 + 34 + 56 = ?", "101", False),
+        ("(7 - 2) * 3 = ?", "15", True),
+        ("10 / 4 = ?", "2.5", True),
+        ("10 / 4 = ?", "5/2", True),
+        ("What is love?", "15", None),
+    ],
+)
+def test_an_answer_to_arithmetic_is_checked(question, answer, is_right):
+    assert check(question, f"<think>hm</think><answer>{answer}</answer>") is is_right
+
+
+def test_two_models_answer_one_question_side_by_side():
+    models = {"a": scripted_model("<think>t</think><answer>3</answer>"), "b": scripted_model("4")}
+    page = ComparePage(Shelf(list(models), models.get), InTurn())
+    *_, (left, right, *told) = page.answer("1 + 2 = ?", "b", "a", 0.0, 1.0, 100, 0)
+    assert [message.content[0]["text"] for message in left] == ["1 + 2 = ?", "4"]
+    assert [message.content[0]["text"] for message in right] == ["1 + 2 = ?", "t", "3"]
+    assert told[0].endswith("checked: wrong")
+    assert told[1].endswith("checked: right")
+    with pytest.raises(gr.Error, match="Type a question"):
+        next(page.answer(" ", "b", "a", 0.0, 1.0, 100, 0))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_run(tmp_path / "first")
+    folder = tmp_path / "first"
+    rows = [
+        rollout(step=1, group=0, correct=False, reward=0.1, completion="<b>wrong</b> " * 50),
+        rollout(step=2, group=0, correct=True, reward=1.0, completion="right"),
+        rollout(step=2, group=0, correct=None, reward=0.0, completion="who knows"),
+        rollout(step=2, group=0, correct=False, reward=0.0, completion="cut", finish_reason="length"),
+    ]
+    jsonl(folder / "rollouts.jsonl", rows)
+    canaries = [
+        {
+            "step": step,
+            "question": q,
+            "gold": "1",
+            "completion": f"{q} at {step}",
+            "correct": step > 0,
+            "tokens": 2,
+        }
+        for step in (0, 5)
+        for q in ("b?", "a?")
+    ]
+    jsonl(folder / "canaries.jsonl", canaries)
+    return RunsPage(tmp_path)
+
+
+def test_runs_are_found_and_nothing_else_is_read(runs, tmp_path):
+    assert runs.names() == ["first"]
+    assert "srcdoc=" in runs.report("first")
+    assert 'sandbox=""' in runs.report("first")
+    for other in ("../first", "/etc", None, "second"):
+        assert runs.run(other) is None
+        assert "No run under" in runs.report(other)
+        assert runs.rollouts(other, "all", None) == []
+    assert RunsPage(tmp_path / "nowhere").names() == []
+
+
+@pytest.mark.parametrize(
+    ("which", "step", "completions"),
+    [
+        ("all", None, 4),
+        ("all", 2, 3),
+        ("rewarded but strictly wrong", None, 1),
+        ("truncated", None, 1),
+        ("undecided", None, 1),
+        ("undecided", 1, 0),
+    ],
+)
+def test_rollouts_are_filtered(runs, which, step, completions):
+    assert len(runs.rollouts("first", which, step)) == completions
+
+
+def test_a_rollout_is_shown_whole_and_canaries_step_by_step(runs):
+    row = runs.rollouts("first", "all", None)[0]
+    assert row[-1].endswith("…")
+    whole = runs.whole("first", "all", None, SimpleNamespace(index=[0, 3]))
+    assert whole.endswith("<b>wrong</b> " * 50)
+    assert [(row[0], row[1]) for row in runs.canaries("first")] == [
+        ("b?", 0),
+        ("b?", 5),
+        ("a?", 0),
+        ("a?", 5),
+    ]
