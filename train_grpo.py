@@ -621,7 +621,9 @@ def main(config: GRPOConfig) -> int:
     if start.is_finished:
         accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
         return 0
-    return train(lambda start: set_up(config, accelerator, start), start)
+    code = train(lambda start: set_up(config, accelerator, start), start)
+    accelerator.end_training()
+    return code
 
 
 if __name__ == "__main__":

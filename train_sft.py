@@ -129,13 +129,17 @@ def encode_examples(problems: list[Problem], tokenizer: Any, config: SFTConfig) 
 
 def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
     """Train; returns the exit code. For the automatic cold start `train_grpo` hands in its Accelerator."""
+    is_stage = accelerator is not None
     with at_the_door():
         accelerator = accelerator or make_accelerator(config.tracker, config.output)
         start = open_run(config)
     if start.is_finished:
         accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
         return 0
-    return train(lambda start: set_up(config, accelerator, start), start)
+    code = train(lambda start: set_up(config, accelerator, start), start)
+    if not is_stage:
+        accelerator.end_training()
+    return code
 
 
 @contextmanager

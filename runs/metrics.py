@@ -89,7 +89,9 @@ class RunLog:
     def close(self) -> None:
         """End the console and the trackers."""
         self.console.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # the processes stay together: another run may follow
+            tracker.finish()
+        self.accelerator.trackers = []
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if not self.is_main:
