@@ -164,12 +164,14 @@ def test_report_overlays_runs_a_chart_a_metric_and_a_line_a_run(tmp_path, capsys
     assert re.findall(r'class="mid">(\d+)<', reward)[-1] == "60"
 
 
-def test_a_number_that_differs_between_runs_is_drawn_though_it_never_changes(tmp_path):
-    for name, rate in (("a", 1e-4), ("b", 2e-4)):
-        rows = [metrics_row(step, **{"policy/learning_rate": rate, "x/size": 8}) for step in (1, 2, 3)]
+def test_what_never_changes_is_drawn_where_runs_differ_in_it(tmp_path):
+    for name, rate, clipped in (("a", 1e-4, 0.0), ("b", 2e-4, 0.01)):
+        still = {"policy/learning_rate": rate, "x/size": 8}
+        rows = [metrics_row(step, **still, **{"policy/clip_fraction": step * clipped}) for step in (1, 2, 3)]
         jsonl(write_run(tmp_path / name) / "metrics.jsonl", rows)
     page = comparison_page(name_all([read_run(tmp_path / name) for name in "ab"]))
     assert charts(page)["Learning rate"] == ["a", "b"]
+    assert charts(page)["Clipped tokens"] == ["a", "b"]
     assert "Size 8" in page
 
 
