@@ -9,7 +9,7 @@ from runs.charts import draw_charts
 from runs.figures import count, duration, number
 from runs.page import PAGE, safe, wide_table, write_page
 from runs.records import Record, read_run
-from runs.samples import show_samples
+from runs.samples import show_canaries, show_samples
 from runs.watchdog import FINDINGS
 
 INCIDENTS = 20  # shown, the last
@@ -40,6 +40,7 @@ def report_page(folder: Path) -> str:
         draw_charts({run.name: run}),
         _rewards(run),
         _incidents(run),
+        show_canaries(folder / "canaries.jsonl"),
         show_samples(folder / "rollouts.jsonl"),
         _tables(run),
     )

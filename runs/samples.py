@@ -6,7 +6,7 @@ from typing import Any
 
 from runs.figures import count
 from runs.page import safe
-from runs.records import read_ends
+from runs.records import read_ends, read_rows
 
 SAMPLES = 4  # shown of the first step and of the last
 PICKED = 3  # shown of each kind
@@ -34,6 +34,33 @@ def show_samples(path: Path) -> str:
         f"<h2>Completions that stand out</h2><p>Among the last {len(tail)}, {safe(steps)}.</p>"
         f'<div class="pair">{picked}</div>'
     )
+
+
+def show_canaries(path: Path) -> str:
+    """How the same problems were answered as the run went on.
+
+    Args:
+        path: of `canaries.jsonl`.
+    """
+    rows = read_rows(path)[0] if path.is_file() else []
+    questions: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        questions.setdefault(row["question"], []).append(row)
+    told = "".join(_canary(question, answers) for question, answers in questions.items())
+    return f"<h2>The same problems through time</h2>{told}" if told else ""
+
+
+def _canary(question: str, answers: Sequence[dict[str, Any]]) -> str:
+    steps = "".join(
+        f"<article><h3>Step {row['step']}</h3><pre>{safe(_shorten(row['completion']))}</pre>"
+        f'<p><b class="{_verdict(row)}">{_verdict(row)}</b></p></article>'
+        for row in answers
+    )
+    return f'<p class="question">{safe(_shorten(question))}</p><div class="pair">{steps}</div>'
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    return {True: "correct", False: "wrong"}.get(row["correct"], "undecided")
 
 
 def _picks(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]], str]]:
@@ -68,7 +95,7 @@ def _one_a_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rollout(row: dict[str, Any]) -> str:
-    verdict = {True: "correct", False: "wrong"}.get(row["correct"], "undecided")
+    verdict = _verdict(row)
     extracted = "nothing" if row["extracted"] is None else row["extracted"]
     parts = ", ".join(f"{name} {'–' if v is None else f'{v:g}'}" for name, v in row["rewards"].items())
     facts = [f"answer {extracted}", f"expected {row['gold']}", f"reward {row['reward']:.3g} ({parts})"]

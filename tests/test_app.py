@@ -683,11 +683,12 @@ def test_runs_are_looked_into_and_their_text_does_nothing(visitor):
     visitor.page.get_by_role("tab", name="Runs").click()
     report = visitor.page.frame_locator("#report iframe")
     report.get_by_text("Accuracy", exact=True).first.wait_for()
-    cell = visitor.page.locator("#rollouts").get_by_text("<script>window.hacked").first
+    text = visitor.page.locator("#rollouts").get_by_text("<script>window.hacked")
+    cell = text.filter(visible=True).first
     cell.wait_for()
     cell.click()
-    visitor.page.wait_for_function(
-        "document.querySelector('#rollout textarea').value.includes('onerror=window.hacked=12')"
-    )
-    visitor.page.locator("#canaries").get_by_text("7?").first.wait_for()
+    expect = pytest.importorskip("playwright.sync_api").expect
+    shown = visitor.page.locator("#rollout textarea")
+    expect(shown).to_have_value(re.compile("onerror=window.hacked=12"), timeout=10_000)
+    visitor.page.locator("#canaries").get_by_text("7?").filter(visible=True).first.wait_for()
     assert visitor.page.evaluate("window.hacked") is None

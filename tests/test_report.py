@@ -513,3 +513,15 @@ def test_training_pays_no_import_for_the_report():
     root = Path(__file__).parent.parent
     told = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert told.stdout == "[]\n"
+
+
+def test_the_same_problems_stand_beside_each_other_through_time(folder):
+    rows = [
+        {"step": step, "question": "<7 + 8?>", "correct": step == 5, "completion": f"<b>at {step}</b>"}
+        for step in (0, 5)
+    ]
+    jsonl(folder / "canaries.jsonl", rows)
+    source = Page(write_report(folder)).source.partition("The same problems through time")[2]
+    assert "&lt;7 + 8?&gt;" in source
+    assert source.index("&lt;b&gt;at 0&lt;/b&gt;") < source.index("&lt;b&gt;at 5&lt;/b&gt;")
+    assert source.index('class="wrong"') < source.index('class="correct"')
