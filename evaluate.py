@@ -23,9 +23,9 @@ from tqdm import tqdm
 from data import Problem, load_problems
 from exam import Answer, hold_exam, summarise, worth_imitating
 from figures import pass_at_k
-from folders import reads_with_mlx
 from inference import Engine, SamplingParams
 from inference.engine import TorchEngine
+from inference.formats import reads_with_mlx
 from inference.server_engine import ServerEngine
 from models import load_model, make_accelerator
 from prompts import AnswerStyle

@@ -17,7 +17,6 @@ import torch
 import yaml
 from torch import nn
 
-from folders import ADAPTER
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from models import (
@@ -32,7 +31,7 @@ from prompts import encode_prompt
 from runs.checkpoint import latest_checkpoint, write_folder
 from runs.config import RunStopped, at_the_door, parse_config, run_script
 from runs.folder import require_writable
-from tokenizer import load_tokenizer
+from tokenizer import ADAPTER, load_tokenizer
 
 PARITY_QUESTIONS = 20
 ANSWER_TOKENS = 64

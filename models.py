@@ -24,11 +24,10 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
-from folders import ADAPTER
 from llama import LLAMA_FAMILY, is_llama, predicting_states, without_adapter
 from losses import token_logprobs
 from tiny import TINY, build_tiny
-from tokenizer import load_any_tokenizer, loading, require_model
+from tokenizer import ADAPTER, load_any_tokenizer, loading, require_model
 
 # A bar for every file that is read or written is noise among a run's lines; the Hub's own bars stay.
 logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))
@@ -365,7 +364,7 @@ def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accele
         raise ValueError(
             f"tracker {tracker!r} is not installed; pip install {tracker}, or give --tracker none"
         )
-    # Apple's GPUs have no float64, in which random numbers and log-probabilities are kept.
+    # Sampling makes do without the float64 that Apple's GPUs have not; an update was never run on one.
     use_cpu = torch.backends.mps.is_available()
     precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
     return Accelerator(

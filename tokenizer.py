@@ -9,8 +9,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 import prompts
-from folders import ADAPTER
 from tiny import SHAPE, TINY, build_tiny_tokenizer
+
+ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
 
 
 def asking(config: Any) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from batches import MicroBatches
 from credit import credit, explained_variance
 from data import Problem, load_problems, take
 from exam import canary_rows, hold_shared_exam, summarise
-from folders import ADAPTER
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from memory import is_out_of_memory, peak_memory
@@ -61,6 +60,7 @@ from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
 from runs.signals import StepStopped
 from runs.training import TrainingConfig
+from tokenizer import ADAPTER
 from train_sft import SFTConfig
 from train_sft import main as cold_start
 from updates import minibatches, score_rollout, update, update_metrics

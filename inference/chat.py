@@ -22,8 +22,8 @@ from typing import Any, TextIO
 
 import prompts
 from data import Problem, read_problems
-from folders import reads_with_mlx
 from inference import Completion, Engine, SamplingParams
+from inference.formats import reads_with_mlx
 from inference.reading import CompletionReader, Reading
 from inference.server_engine import ServerEngine
 from runs.config import UserError, at_the_door, parse_config, require, run_script

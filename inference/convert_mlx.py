@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from folders import is_mlx, require_mlx, require_whole
 from inference import SamplingParams
+from inference.formats import is_mlx, require_mlx, require_whole
 from prompts import encode_prompt
 from runs.config import RunStopped, at_the_door, parse_config, run_script
 
@@ -52,8 +52,8 @@ class Limits:
 
 
 # In float32 the built-in model differs by 1e-5, and by 2e-3 (median) where the sign of one weight is flipped.
-# In 4 bits good quantisations change some 6 % of a language model's first choices, those in 3 bits 8 to 11 %,
-# and in 8 bits 1 to 2 % (published by llama.cpp, on Wikipedia's text; a model is surer of its own).
+# llama.cpp's 4-bit formats change 6 % of a language model's first choices on Wikipedia's text, its 3-bit ones
+# 8 to 11 % (figures of its authors); a model is surer of its own text. In 8 bits 0 to 1.1 % changed here.
 LIMITS = {
     "float32": Limits(1e-3, 1.0, 1.0),
     "float16": Limits(0.1, 0.98, 0.0),
@@ -174,10 +174,15 @@ def check_parity(parity: Parity, precision: str) -> None:
     is_close = parity.difference <= limits.difference
     same_answers = parity.same_answers / parity.answers
     if not is_close or parity.same_tokens < limits.tokens or same_answers < limits.answers:
+        asked = [f"{limits.tokens:.0%} of the tokens have to be the same"]
+        if limits.answers:
+            asked.append(f"{limits.answers:.0%} of the answers too")
+        if math.isfinite(limits.difference):
+            asked.append(f"and log-probabilities may differ by {limits.difference:g}")
         raise RunStopped(
-            f"the converted model is not what was trained: {parity}. In {precision} at least "
-            f"{limits.tokens:.0%} of the tokens and {limits.answers:.0%} of the answers have to be the same, "
-            f"and log-probabilities may differ by {limits.difference:g}. Nothing was written"
+            f"the converted model is not what was trained: {parity}. In {precision}, {', '.join(asked)}. "
+            "Nothing was written"
+            + (": give more bits, or leave --quantize out" if "bits" in precision else "")
         )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inference import Completion, NextToken, SamplingParams, StreamedToken
 from inference.decoders import check_window, make_decoder
-from inference.sampling import choose, self_certainty, warp
+from inference.sampling import WITHOUT_FLOAT64, choose, self_certainty, warp
 from memory import free_memory, is_out_of_memory, release_memory
 
 # More rows than this at once gain nothing: each costs its own.
@@ -288,11 +288,12 @@ class Seats:
     def __init__(self, size: int, params: SamplingParams, device: torch.device) -> None:
         """Reserve `size` seats for what `params` ask for."""
         limit = params.max_completion_tokens
+        dtype = torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
         self.measures = params.self_certainty
-        self.certainties = torch.zeros(size, dtype=torch.float64, device=device)
-        self.randoms = torch.empty(size, limit, dtype=torch.float64, device=device)
+        self.certainties = torch.zeros(size, dtype=dtype, device=device)
+        self.randoms = torch.empty(size, limit, dtype=dtype, device=device)
         self.tokens = torch.empty(size, limit, dtype=torch.long, device=device)
-        self.logprobs = torch.empty(size, limit, dtype=torch.float64, device=device)
+        self.logprobs = torch.empty(size, limit, dtype=dtype, device=device)
         self.free = list(range(size))
         self.numbers: list[int] = []
         self.seats = torch.empty(0, dtype=torch.long, device=device)
@@ -303,6 +304,8 @@ class Seats:
         taken = torch.tensor([self.free.pop() for _ in numbers])
         limit = self.randoms.shape[1]
         drawn = torch.from_numpy(np.stack([row_uniforms(key, limit) for key in keys]))
+        below_one = 1 - torch.finfo(self.randoms.dtype).eps / 2  # to which no draw may be rounded up
+        drawn = drawn.clamp(max=below_one).to(self.randoms.dtype)
         self.randoms[taken.to(self.randoms.device)] = drawn.to(self.randoms.device)
         self.certainties[taken.to(self.certainties.device)] = 0
         self.numbers.extend(numbers)
@@ -316,9 +319,9 @@ class Seats:
     def write(self, token: Tensor, logprob: Tensor, logits: Tensor) -> None:
         """Add a token to each live row, chosen by `logits`."""
         if self.measures:
-            self.certainties[self.seats] += self_certainty(logits).double()
+            self.certainties[self.seats] += self_certainty(logits).to(self.certainties.dtype)
         self.tokens[self.seats, self.counts] = token
-        self.logprobs[self.seats, self.counts] = logprob.double()
+        self.logprobs[self.seats, self.counts] = logprob.to(self.logprobs.dtype)
         self.counts = self.counts + 1
 
     def completions(self, done: Tensor, stopped: Tensor) -> Iterator[tuple[int, Completion]]:

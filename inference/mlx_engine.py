@@ -4,9 +4,13 @@ mlx-lm computes: its models, its batches with whoever ends leaving at once, its 
 protocol promises: who draws which random number, and when the computation stops.
 """
 
+import atexit
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
+from functools import cache
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -18,13 +22,10 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from folders import require_whole
 from inference import Completion, FinishReason, SamplingParams, StreamedToken
+from inference.formats import require_whole
 
-# The first tokens of a text stay in a window: attention rests on them (StreamingLLM, arXiv 2309.17453).
-SINKS = 4
-
-Step = TypeVar("Step")
+Result = TypeVar("Result")
 Finished = list[tuple[int, Completion]]
 
 
@@ -40,7 +41,7 @@ def load_engine(name: str, tokenizer: Any) -> tuple["MLXEngine", dict[str, Any]]
         ValueError: an adapter alone, or an architecture that mlx-lm has not.
     """
     require_whole(name)
-    model, _, config = mlx_lm.load(name, return_config=True)
+    model, _, config = on_mlx_thread(lambda: mlx_lm.load(name, return_config=True)).result()
     stop = config.get("eos_token_id")  # the generation configuration's, where it has one
     stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     return MLXEngine(model, stop), config
@@ -49,24 +50,28 @@ def load_engine(name: str, tokenizer: Any) -> tuple["MLXEngine", dict[str, Any]]
 class MLXEngine:
     """Samples from a model of mlx-lm; see `inference.Engine`.
 
-    A chain that outgrows `window` goes on with its first tokens and its latest in the cache. Tokens keep the
-    numbers of their places in the text, as mlx-lm has it.
+    Where a chain outgrows a window, its first tokens, on which attention rests, and its newest stay in the
+    cache (StreamingLLM, arXiv 2309.17453). They keep the numbers of their places in the text, as mlx-lm has
+    it, not in the cache.
     """
 
-    def __init__(self, model: nn.Module, stop_token_ids: set[int], window: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, stop_token_ids: set[int], window: int | None = None, sinks: int = 4
+    ) -> None:
         """Wrap a model.
 
         Args:
             model: of mlx-lm.
             stop_token_ids: each ends a completion.
-            window: tokens in a row's cache at most; None keeps all.
+            window: keep this many of the newest tokens in the cache and the `sinks`, for chains far beyond
+                it; None keeps all.
+            sinks: first tokens that stay beside the window.
         """
         self.model = model
         self.stop_token_ids = stop_token_ids
-        self.window = window
+        self.sinks = sinks
+        self.cache_tokens = None if window is None else sinks + window
         maybe_set_recommended_wired_limit()  # weights that nearly fill the memory stay in it
-        # MLX ties what it has not computed yet to the thread that asked for it, and a page asks from many.
-        self._thread = ThreadPoolExecutor(1, "mlx")
 
     def generate(
         self,
@@ -86,7 +91,7 @@ class MLXEngine:
             (*seed, first_prompt + prompt, sample) for prompt in range(len(prompts)) for sample in range(n)
         ]
         results: list[list[Any]] = [[None] * n for _ in prompts]
-        with closing(self._on_thread(self._decode(prompts, n, params, keys))) as steps:
+        with closing(_in_turn(self._decode(prompts, n, params, keys))) as steps:
             for finished in steps:
                 for row, completion in finished:
                     results[row // n][row % n] = completion
@@ -98,15 +103,7 @@ class MLXEngine:
         self, prompt: Sequence[int], params: SamplingParams, seed: Sequence[int]
     ) -> Iterator[StreamedToken]:
         """Sample one completion token by token; nothing is asked for after the iterator is closed."""
-        return self._on_thread(self._tokens(prompt, params, (*seed, 0, 0)))
-
-    def _on_thread(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """What an iterator yields, every step of it taken on the engine's thread, in turn with others'."""
-        try:
-            while (step := self._thread.submit(next, steps, None).result()) is not None:
-                yield step
-        finally:
-            self._thread.submit(steps.close)
+        return _in_turn(self._tokens(prompt, params, (*seed, 0, 0)))
 
     def _tokens(
         self, prompt: Sequence[int], params: SamplingParams, key: tuple[int, ...]
@@ -131,17 +128,18 @@ class MLXEngine:
         cache = make_prompt_cache(self.model)
         if not self._outgrows(prompt_tokens, limit):
             return cache
-        if prompt_tokens >= self.window:
+        size = self.cache_tokens
+        if prompt_tokens >= size:
             # mlx-lm hides the first tokens from a prompt that rolls through the window.
             raise ValueError(
-                f"a prompt of {prompt_tokens} tokens does not fit into a window of {self.window}; "
-                "give a larger window"
+                f"a prompt of {prompt_tokens} tokens does not fit into {self.sinks} sinks and a window of "
+                f"{size - self.sinks}; give a larger window"
             )
         # Layers that have a window of their own keep it.
-        return [RotatingKVCache(self.window, SINKS) if type(layer) is KVCache else layer for layer in cache]
+        return [RotatingKVCache(size, self.sinks) if type(layer) is KVCache else layer for layer in cache]
 
     def _outgrows(self, prompt_tokens: int, limit: int) -> bool:
-        return self.window is not None and prompt_tokens + limit > self.window
+        return self.cache_tokens is not None and prompt_tokens + limit > self.cache_tokens
 
     def _decode(
         self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, keys: list[tuple[int, ...]]
@@ -185,6 +183,48 @@ class MLXEngine:
                         logprobs = [logprob.item() for logprob in sampler.logprobs[: len(ids)]]
                         finished.append((row, Completion(ids, logprobs, response.finish_reason)))
                 yield finished
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One thread for all of MLX
+#
+# MLX ties what it has not computed yet to the thread that asked for it, and a page asks from many. And where
+# a thread ends, or the process, before its streams are cleared, the process may abort (ml-explore/mlx, pull
+# requests 3395 and 4110). So there is one thread, which never ends.
+
+
+@cache
+def _tasks() -> SimpleQueue:
+    tasks: SimpleQueue = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            future, function, arguments = tasks.get()
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+            del future, function, arguments
+
+    Thread(target=work, name="mlx", daemon=True).start()
+    atexit.register(lambda: on_mlx_thread(mx.clear_streams).result())
+    return tasks
+
+
+def on_mlx_thread(function: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+    """Call a function on the thread that all engines share; calls keep their order."""
+    future: Future[Result] = Future()
+    _tasks().put((future, function, arguments))
+    return future
+
+
+def _in_turn(steps: Iterator[Result]) -> Iterator[Result]:
+    """What an iterator yields; between two steps others may take theirs."""
+    try:
+        while (step := on_mlx_thread(next, steps, None).result()) is not None:
+            yield step
+    finally:
+        on_mlx_thread(steps.close)
 
 
 # ------------------------------------------------------------------------------------------------------------

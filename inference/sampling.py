@@ -8,6 +8,7 @@ from torch import Tensor
 from inference import SamplingParams
 
 BELOW_ONE = 1 - 2**-53
+WITHOUT_FLOAT64 = {"mps"}  # types of device
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -58,6 +59,14 @@ def choose(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> tuple[Te
     Returns:
         Token ids `[B]` and their log-probabilities `[B]` under the distribution of `warp`.
     """
+    device = logits.device
+    if device.type in WITHOUT_FLOAT64:
+        tokens, logprobs = _choose(logits.cpu(), params, uniforms.cpu())
+        return tokens.to(device), logprobs.to(device)
+    return _choose(logits, params, uniforms)
+
+
+def _choose(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     is_whole = not params.top_k and params.top_p == 1.0 and params.min_p == 0.0
     if is_whole and params.temperature > 0.0:
         return _choose_from_all(logits, params.temperature, uniforms)

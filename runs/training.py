@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from folders import ADAPTER
 from models import Quantization, add_adapter, checkpoint_activations, load_model
 from optimizers import OptimizerName
 from prompts import AnswerStyle
 from runs.config import require
 from runs.console import LogLevel
 from tiny import is_tiny
-from tokenizer import asking, load_tokenizer, require_same_architecture
+from tokenizer import ADAPTER, asking, load_tokenizer, require_same_architecture
 
 
 @dataclass(frozen=True, kw_only=True)

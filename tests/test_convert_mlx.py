@@ -3,24 +3,47 @@
 import importlib
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
 import torch
+from quick import quick_sft
 from safetensors.torch import load_file, save_file
+from test_rooms import TORCH_BOUND
 
 import export
+from data import load_problems
+from evaluate import EvaluateConfig
+from evaluate import main as evaluate
 from export import ExportConfig
-from folders import is_mlx, reads_with_mlx
 from inference import SamplingParams
 from inference.chat import Turn, load_chat_model
-from inference.convert_mlx import LIMITS, TIE, ConvertConfig, Parity, check_parity, is_same_answer
+from inference.convert_mlx import (
+    LIMITS,
+    TIE,
+    ConvertConfig,
+    Parity,
+    answer_logprobs,
+    check_parity,
+    greedy_answers,
+    is_same_answer,
+)
 from inference.convert_mlx import main as convert
 from inference.engine import TorchEngine
-from models import build_tiny, save_model
-from prompts import render_prompt
+from inference.formats import is_mlx, reads_with_mlx
+from models import load_model, save_model
+from prompts import encode_prompt, parse_completion, render_prompt
 from runs.config import RunStopped, UserError
+from tiny import build_tiny
 from tokenizer import load_tokenizer
+from train_sft import main as train
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed (requirements-dev.txt)")
 from inference.mlx_engine import MLXEngine, load_engine  # noqa: E402 - after the skip above
@@ -120,7 +143,7 @@ def test_a_quantisation_that_costs_the_answers_is_refused(tmp_path):
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.ndim == 2 else 1)
     save_model(tmp_path / "tiny", model, tokenizer)
-    with pytest.raises(RunStopped, match="In 4 bits at least 90% of the tokens"):
+    with pytest.raises(RunStopped, match="In 4 bits, 90% of the tokens have to be the same. .*more bits"):
         convert(ConvertConfig(model=str(tmp_path / "tiny"), quantize=4))
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
@@ -215,7 +238,7 @@ def test_the_chat_reads_each_folder_with_its_own_engine(exported, converted):
 
 def test_without_torch_every_folder_is_read_with_mlx(exported, monkeypatch):
     monkeypatch.setattr(
-        "folders.importlib.util.find_spec", lambda name: None if name == "torch" else object()
+        "inference.formats.importlib.util.find_spec", lambda name: None if name == "torch" else object()
     )
     assert reads_with_mlx(str(exported()))
     assert isinstance(load_chat_model(str(exported())).engine, MLXEngine)
@@ -223,10 +246,105 @@ def test_without_torch_every_folder_is_read_with_mlx(exported, monkeypatch):
 
 def test_without_mlx_its_folders_are_refused_and_others_are_not(exported, converted, monkeypatch):
     monkeypatch.setattr(
-        "folders.importlib.util.find_spec", lambda name: None if name == "mlx_lm" else object()
+        "inference.formats.importlib.util.find_spec", lambda name: None if name == "mlx_lm" else object()
     )
     assert not reads_with_mlx(str(exported()))
     with pytest.raises(ValueError, match="needs mlx-lm.*pip install"):
         load_chat_model(str(converted))
     with pytest.raises(UserError, match="needs mlx-lm"):
         convert(ConvertConfig(model=str(exported())))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A trained model, from its run to whoever reads what became of it
+
+QUESTION = "12 + 34 + 56 = ?"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folders of a model that has begun to learn: exported, converted, and in 4 bits."""
+    root = tmp_path_factory.mktemp("trained")
+    assert train(quick_sft(root / "run", total_steps=40, examples_per_step=16, eval_every=0)) == 0
+    assert export.main(ExportConfig(run=str(root / "run"), to=str(root / "whole"))) == 0
+    convert(ConvertConfig(model=str(root / "whole")))
+    with pytest.MonkeyPatch.context() as patch:
+        # What has only begun to learn is sure of little.
+        patch.setitem(LIMITS, "4 bits", replace(LIMITS["4 bits"], tokens=0.5))
+        convert(ConvertConfig(model=str(root / "whole"), to=str(root / "4-bit"), quantize=4))
+    return root / "whole", root / "whole-mlx", root / "4-bit"
+
+
+def run_python(*words):
+    """What a program printed, in a process that has no torch."""
+    absent = sorted(TORCH_BOUND - {"transformers", "tokenizers"})
+    program = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); sys.argv = sys.argv[1:]; "
+    program += "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_trained_model_answers_100_problems_in_mlx_as_in_torch(trained, capsys):
+    source, whole, four_bits = trained
+    tokenizer = load_tokenizer(str(source))
+    prompts = [encode_prompt(tokenizer, p.question) for p in load_problems("arithmetic", "test", limit=100)]
+    expected = greedy_answers(TorchEngine(load_model(str(source)), tokenizer), prompts, 32)
+    engine, _ = load_engine(str(whole), tokenizer)
+    assert len({tuple(answer) for answer in expected}) > 50
+    for prompt, one, other in zip(prompts, expected, greedy_answers(engine, prompts, 32), strict=True):
+        assert is_same_answer(one, other, answer_logprobs(engine, prompt, one))
+    evaluate(EvaluateConfig(model=str(four_bits), baseline=str(whole), limit=100, max_completion_tokens=32))
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy, strict"))
+    assert row.count("%") == 2
+
+
+@pytest.mark.slow
+def test_everything_that_reads_the_folder_says_the_same_without_torch(trained):
+    _, _, folder = trained
+    model = load_chat_model(str(folder))
+    params = SamplingParams(64, temperature=0.0)
+    said = list(model.stream([Turn(QUESTION)], params, (0,)))[-1]
+    assert said.text.strip()
+    asked = ["--max_completion_tokens", 64, "--question", QUESTION]
+    told = run_python("inference.chat", "--model", folder, *asked)
+    assert told.split() == f"{said.thought or ''} {said.answer}".split()
+    asked = ["--max-tokens", 64, "--verbose", False, "--prompt", QUESTION]
+    told = run_python("mlx_lm", "generate", "--model", folder, *asked)
+    assert told.strip() == said.text.strip()
+
+
+@pytest.mark.slow
+def test_the_server_of_mlx_lm_says_the_same(trained):
+    _, _, folder = trained
+    tokenizer = load_tokenizer(str(folder))
+    engine, _ = load_engine(str(folder), tokenizer)
+    prompt, params = encode_prompt(tokenizer, QUESTION), SamplingParams(64, temperature=0.0)
+    ids = [token.token_id for token in engine.stream(prompt, params, (0,))]
+    parsed = parse_completion(tokenizer.decode(ids, skip_special_tokens=True))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        asked = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 64}
+        address = f"http://127.0.0.1:{port}/v1/chat/completions"
+        request = Request(address, json.dumps(asked).encode(), {"Content-Type": "application/json"})
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                reply = json.load(urlopen(request, timeout=60))["choices"][0]["message"]
+                break
+            except URLError:
+                assert server.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+    finally:
+        server.terminate()
+        server.wait()
+    assert (reply.get("reasoning") or "").strip() == (parsed.thought or "").strip()
+    assert (reply.get("content") or "").strip() == parsed.answer_text.strip()

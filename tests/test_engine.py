@@ -4,14 +4,16 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from batches import pad_batch
-from inference import SamplingParams, decoders
-from inference.engine import TorchEngine, cache_bytes, row_uniforms
+from inference import SamplingParams, decoders, sampling
+from inference import engine as engine_module
+from inference.engine import Seats, TorchEngine, cache_bytes, row_uniforms
 from inference.sampling import warp
 from models import Policy
 
@@ -518,3 +520,25 @@ def test_what_the_trainer_changes_is_sampled_from_at_once_and_sampling_leaves_no
         for parameter in model.parameters():
             parameter.add_(0.1 * parameter.grad.sign())
     assert engine.generate(PROMPTS, 1, WARM, (3,)) != before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A device without float64 (MPS)
+
+
+def test_a_device_without_float64_draws_the_same_tokens_and_keeps_none_in_float64(model, monkeypatch):
+    model = copy.deepcopy(model).float()
+    expected = TorchEngine(model, tokenizer()).generate(PROMPTS, 2, WARM, (3,))
+    # Only forced onto the processor: no such device is at hand.
+    monkeypatch.setattr(sampling, "WITHOUT_FLOAT64", {"cpu"})
+    monkeypatch.setattr(engine_module, "WITHOUT_FLOAT64", {"cpu"})
+    engine = TorchEngine(model, tokenizer())
+    for ours, theirs in zip(engine.generate(PROMPTS, 2, WARM, (3,)), expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
+    seats = Seats(1, SamplingParams(2), torch.device("cpu"))
+    monkeypatch.setattr(engine_module, "row_uniforms", lambda key, length: np.array([1 - 2**-53, 0.5]))
+    seats.take([0], [(0,)])
+    assert not [name for name, held in vars(seats).items() if getattr(held, "dtype", None) == torch.float64]
+    assert seats.uniforms().item() < 1

@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -13,9 +16,10 @@ from inference import SamplingParams, sampling
 from inference.engine import TorchEngine
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed (requirements-dev.txt)")
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402 - after the skip above
 from mlx_lm.utils import load_model  # noqa: E402 - after the skip above
 
-from inference.mlx_engine import SINKS, MLXEngine, RowSampler, warp  # noqa: E402 - after the skip above
+from inference.mlx_engine import MLXEngine, RowSampler, on_mlx_thread, warp  # noqa: E402 - after the skip above
 
 # Ragged, not in order of length.
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14], [15, 16, 17, 18]]
@@ -39,7 +43,7 @@ class Counting:
     """A model that counts what is asked of it."""
 
     def __init__(self, model):
-        self.model, self.layers, self.calls = model, model.layers, 0
+        self.model, self.layers, self.calls = model, getattr(model, "layers", []), 0
 
     def __call__(self, *args, **kwargs):
         self.calls += 1
@@ -123,7 +127,7 @@ def test_closing_a_stream_stops_the_computation(model):
     next(stream)
     next(stream)
     stream.close()
-    engine._thread.submit(lambda: None).result()  # whatever was asked for is done
+    on_mlx_thread(lambda: None).result()  # whatever was asked for is done
     calls = counting.calls
     assert calls <= 5
     assert list(itertools.islice(engine.stream(PROMPTS[1], GREEDY, (0,)), 1))
@@ -140,6 +144,15 @@ def test_streams_interleave_and_may_be_read_from_any_thread(engine):
             reader.start()
             reader.join()
     assert [[token.token_id for token in tokens] for tokens in got] == expected
+
+
+def test_an_error_on_the_thread_is_raised_where_the_result_is_asked_for(model):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("of the model")
+
+    with pytest.raises(ZeroDivisionError, match="of the model"):
+        list(MLXEngine(Counting(fail), {2}).stream(PROMPTS[0], GREEDY, (0,)))
+    assert MLXEngine(model, {2}).generate(PROMPTS[:1], 1, GREEDY, (0,))
 
 
 def test_completions_are_told_as_they_end_and_a_listener_may_break_off(engine):
@@ -163,26 +176,49 @@ def test_a_window_that_holds_the_whole_text_changes_nothing(engine, model):
     assert windowed.generate(PROMPTS, 2, WARM, (0,)) == engine.generate(PROMPTS, 2, WARM, (0,))
 
 
-def test_a_window_keeps_the_first_tokens_and_the_latest(model, monkeypatch):
+def test_a_window_keeps_the_first_tokens_and_the_newest(model, monkeypatch):
     caches = []
     make = MLXEngine._make_cache
     monkeypatch.setattr(
         MLXEngine, "_make_cache", lambda self, *sizes: caches.append(make(self, *sizes)) or caches[-1]
     )
     params = SamplingParams(60, temperature=1.0)
-    list(MLXEngine(model, set()).stream(PROMPTS[0], params, (0,)))
-    windowed = MLXEngine(model, set(), window=16)
+    windowed = MLXEngine(model, set(), window=12)
     streamed = list(windowed.stream(PROMPTS[0], params, (0,)))
-    whole, window = (cache[0] for cache in caches)  # of the first layer, whose keys depend on nothing before
-    assert window.keys.shape[2] == 16
-    assert window.offset == whole.offset >= 66
-    first = np.array(window.keys[:, :, :SINKS])
-    assert np.array_equal(first, np.array(whole.keys[:, :, :SINKS]))
+    text = PROMPTS[0] + [token.token_id for token in streamed]
+    whole = make_prompt_cache(model)
+    model(mx.array([text]), cache=whole)
+    # Of the first layer, whose keys depend on their token and its place alone.
+    kept = caches[0][0]
+    expected, got = np.array(whole[0].keys[0, 0]), np.array(kept.keys[0, 0])
+    assert len(text) - 1 <= kept.offset <= len(text)
+    assert got.shape[0] == 4 + 12
+    assert got[:4] == pytest.approx(expected[:4], abs=1e-5)
+    newest = expected[kept.offset - 12 : kept.offset]
+    assert got[4:][got[4:, 0].argsort()] == pytest.approx(newest[newest[:, 0].argsort()], abs=1e-5)
     [[completion]] = windowed.generate(PROMPTS[:1], 1, params, (0,))
     assert completion.token_ids == [token.token_id for token in streamed]
     assert completion.logprobs == [token.logprob for token in streamed]
 
 
 def test_a_prompt_that_outgrows_the_window_is_refused(model):
-    with pytest.raises(ValueError, match="40 tokens.*window of 32.*larger window"):
+    with pytest.raises(ValueError, match="40 tokens.*4 sinks and a window of 32.*larger window"):
         MLXEngine(model, {2}, window=32).generate([[5] * 40], 1, GREEDY, (0,))
+
+
+@pytest.mark.slow
+def test_a_process_that_used_the_engine_ends_well(random_folder):
+    """MLX aborts where a thread ends and its streams are not cleared."""
+    program = (
+        "import sys; from pathlib import Path; from mlx_lm.utils import load_model; "
+        "from inference import SamplingParams; from inference.mlx_engine import MLXEngine; "
+        "engine = MLXEngine(load_model(Path(sys.argv[1]))[0], {2}); "
+        "stream = engine.stream([5, 6], SamplingParams(99), (0,)); print(next(stream)); stream.close(); "
+        "print(engine.generate([[7]], 2, SamplingParams(3), (0,)))"
+    )
+    fused = {name: value for name, value in os.environ.items() if name != "MLX_DISABLE_COMPILE"}
+    for _ in range(3):
+        command = [sys.executable, "-c", program, str(random_folder("qwen2"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=fused)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("logprob") == 3

@@ -22,9 +22,8 @@ ROOMS = {
     "batches": ["memory", "runs.config", "runs.signals"],
     "optimizers": [],
     "tiny": ["prompts"],
-    "folders": [],
-    "tokenizer": ["folders", "prompts", "tiny"],
-    "models": ["folders", "llama", "losses", "tiny", "tokenizer"],
+    "tokenizer": ["prompts", "tiny"],
+    "models": ["llama", "losses", "tiny", "tokenizer"],
     "figures": [],
     "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
     "rewards": ["prompts", "rewards.*"],
@@ -35,7 +34,6 @@ ROOMS = {
     "runs.config": [],
     "runs.console": [],
     "runs.training": [
-        "folders",
         "models",
         "optimizers",
         "prompts",
@@ -53,13 +51,14 @@ ROOMS = {
     "inference.engine": ["inference", "inference.decoders", "inference.sampling", "memory"],
     "inference.http": [],
     "inference.server_engine": ["inference", "inference.http", "prompts"],
-    "inference.mlx_engine": ["folders", "inference"],
+    "inference.formats": [],
+    "inference.mlx_engine": ["inference", "inference.formats"],
     # Whoever talks through an engine.
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
-    "inference.chat": ["data", "folders", "inference.*", "models", "prompts", "runs.config", "tokenizer"],
+    "inference.chat": ["data", "inference.*", "models", "prompts", "runs.config", "tokenizer"],
     "inference.convert_mlx": [
-        *["folders", "inference", "inference.mlx_engine", "prompts", "runs.config", "tokenizer"],
+        *["inference", "inference.formats", "inference.mlx_engine", "prompts", "runs.config", "tokenizer"],
     ],
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
@@ -68,14 +67,13 @@ ROOMS = {
     ],
     "train_grpo": [
         *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "prompts"],
-        *["folders", "rollouts", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
+        *["rollouts", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
     "evaluate": [
         "data",
         "exam",
         "figures",
-        "folders",
         "inference.*",
         "models",
         "prompts",
@@ -85,7 +83,7 @@ ROOMS = {
     ],
     "page": ["data", "inference.*", "page.*", "prompts", "rewards.*", "runs.*"],
     "app": ["data", "inference.*", "models", "page.*", "prompts", "rewards.*", "runs.*"],
-    "export": ["folders", "inference.*", "models", "prompts", "runs.*", "tokenizer"],
+    "export": ["inference.*", "models", "prompts", "runs.*", "tokenizer"],
 }
 
 # Who alone may import a package from outside, anywhere in the file.
@@ -140,7 +138,7 @@ TORCH_FREE = [
     "data",
     "inference",
     "inference.chat",
-    "folders",
+    "inference.formats",
     "inference.convert_mlx",
     "inference.http",
     "inference.mlx_engine",

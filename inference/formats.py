@@ -1,25 +1,10 @@
-"""What reads a model's folder: torch or mlx-lm. Known without either."""
+"""Which engine reads a model's folder: torch's, or mlx-lm's. Neither is imported to find out."""
 
 import importlib.util
 from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-
-ADAPTER = "adapter_config.json"  # what makes a folder an adapter's
-
-
-def require_whole(name: str) -> None:
-    """Refuse an adapter, which MLX would look for another format of.
-
-    Raises:
-        ValueError: the folder holds an adapter alone.
-    """
-    if (Path(name) / ADAPTER).is_file():
-        raise ValueError(
-            f"model {name!r} is an adapter, without the weights that it was trained on; merge them first, "
-            f"where torch is: python export.py --run {name} --to {name}-merged --merge"
-        )
 
 
 def is_mlx(name: str) -> bool:
@@ -53,4 +38,17 @@ def require_mlx(what: str) -> None:
         raise ValueError(
             f"{what} needs mlx-lm, which is not installed; pip install -r requirements-mac.txt, and on Linux "
             "also 'mlx[cpu]'"
+        )
+
+
+def require_whole(name: str) -> None:
+    """Refuse an adapter: mlx-lm reads another kind than PEFT writes.
+
+    Raises:
+        ValueError: the folder holds an adapter alone.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model {name!r} is an adapter, without the weights that it was trained on; merge them first, "
+            f"where torch is: python export.py --run {name} --to {name}-merged --merge"
         )
