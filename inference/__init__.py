@@ -66,11 +66,19 @@ class Completion:
 
 @dataclass(frozen=True)
 class StreamedToken:
-    """One token of a stream; `finish_reason` is set on the last."""
+    """One token of a stream.
+
+    Attributes:
+        token_id: the token.
+        logprob: see `Completion`; 0 where it was not drawn.
+        finish_reason: set on the last.
+        forced: it was put in the model's mouth; see `inference.search.budget_stream`.
+    """
 
     token_id: int
     logprob: float
     finish_reason: FinishReason | None
+    forced: bool = False
 
 
 class NextToken(NamedTuple):

@@ -85,8 +85,13 @@ def _fence_after(fence: str, line: str) -> str:
 class ThoughtSplitter:
     """Splits streamed text into thought and answer, as `prompts.parse_completion` splits it at once.
 
-    However the text is cut into pieces, the end is the same. What may still become a tag is held back. One
-    difference: in the answer, tags inside a code fence are text, for there the model writes about tags.
+    However the text is cut into pieces, the end is the same. One difference: in the answer, tags inside a
+    code fence are text, for there the model writes about tags.
+
+    Attributes:
+        thinking: a thought is open.
+        thoughts: how many there have been.
+        held: the end of the text, held back because it may still become a tag.
     """
 
     def __init__(self) -> None:
@@ -96,7 +101,7 @@ class ThoughtSplitter:
         self._inside: list[str] = []
         self._outside: list[str] = []  # with the answer's tags, for a thought whose opening tag got lost
         self._answer: list[str] = []  # the same without them
-        self._held = ""
+        self.held = ""
         self._fence = ""
         self._line = ""
 
@@ -112,7 +117,7 @@ class ThoughtSplitter:
 
     def feed(self, text: str) -> None:
         """Take the next piece of text."""
-        text = self._held + text
+        text = self.held + text
         position = 0
         for match in _TAG.finditer(text):
             self._put(text[position : match.start()])
@@ -129,12 +134,12 @@ class ThoughtSplitter:
             0,
         )
         self._put(rest[: len(rest) - keep])
-        self._held = rest[len(rest) - keep :]
+        self.held = rest[len(rest) - keep :]
 
     def finish(self) -> None:
         """The stream has ended: what was held back was no tag."""
-        self._put(self._held)
-        self._held = ""
+        self._put(self.held)
+        self.held = ""
 
     def _take(self, tag: str) -> None:
         is_code = not self.thinking and bool(_fence_after(self._fence, self._line))

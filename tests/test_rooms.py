@@ -56,6 +56,7 @@ ROOMS = {
     # Whoever talks through an engine.
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
+    "inference.search": ["inference", "inference.reading", "prompts"],
     "inference.chat": ["data", "inference.*", "models", "prompts", "runs.config", "tokenizer"],
     "inference.convert_mlx": [
         *["inference", "inference.formats", "inference.mlx_engine", "prompts", "runs.config", "tokenizer"],
@@ -143,6 +144,7 @@ TORCH_FREE = [
     "inference.http",
     "inference.mlx_engine",
     "inference.reading",
+    "inference.search",
     "inference.server_engine",
     "rewards",
     "rewards.scorer",

@@ -1,5 +1,6 @@
 """Chains beyond the window: held to the library's own attention over a cache that is cut by hand."""
 
+import copy
 import gc
 from types import SimpleNamespace
 
@@ -41,6 +42,13 @@ class Reference:
     def __init__(self, model, prompt):
         self.model, self.cache = model, DynamicCache(config=model.config)
         self.logits = self.read(prompt, torch.arange(len(prompt)))
+
+    def copy(self):
+        other = copy.copy(self)
+        other.cache = DynamicCache(config=self.model.config)
+        for number, layer in enumerate(self.cache.layers):
+            other.cache.update(layer.keys, layer.values, number)
+        return other
 
     def read(self, tokens, positions):
         with torch.no_grad():
@@ -86,8 +94,14 @@ def follow(model, decoder):
         done[places] = True
         rows[:] = [rows[i] for i in decoder.leave(done).tolist()]
 
+    def select(order):
+        decoder.select(torch.tensor(order))
+        rows[:] = [rows[i].copy() for i in order]
+
     admit([list(range(20, 31)), [11], list(range(40, 47))], [2, 1, 1])
     grow(3)
+    select([3, 2, 1, 2])
+    grow(2)
     leave([0])
     grow(4)
     admit([[5, 6, 7], list(range(60, 80))], [1, 1])
