@@ -27,7 +27,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from llama import LLAMA_FAMILY, is_llama, predicting_states, without_adapter
 from losses import token_logprobs
 from tiny import TINY, build_tiny
-from tokenizer import ADAPTER, load_any_tokenizer, loading, require_model
+from tokenizer import ADAPTER, add_tags, load_any_tokenizer, loading, require_model
 
 # A bar for every file that is read or written is noise among a run's lines; the Hub's own bars stay.
 logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))
@@ -134,6 +134,29 @@ def checkpoint_activations(model: nn.Module) -> None:
     model.activation_checkpointing_enable()
 
 
+@torch.no_grad()
+def add_tag_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Make room for the tags as tokens: a row each in embedding and head, the mean of its pieces' rows.
+
+    Args:
+        model: from `load_model`.
+        tokenizer: the model's, as it was saved with it; the tags are made tokens of it.
+
+    Returns:
+        The ids of the new tokens; none where the tags were tokens already.
+    """
+    pieces = add_tags(tokenizer)
+    embedding = model.get_input_embeddings()
+    if pieces and max(pieces) >= embedding.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    for table in [*tables[: 1 if tables[0] is tables[1] else 2], *([] if bias is None else [bias])]:
+        for token, of in pieces.items():
+            table[token] = table[of].mean(0)
+    return sorted(pieces)
+
+
 def add_adapter(
     model: nn.Module,
     rank: int,
@@ -141,6 +164,7 @@ def add_adapter(
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
+    tokens: Sequence[int] = (),
 ) -> nn.Module:
     """Freeze a model and put a LoRA adapter on its linear layers (arXiv 2106.09685).
 
@@ -151,10 +175,11 @@ def add_adapter(
         alpha: what the adapter adds is scaled by alpha / rank; None scales by 1.
         dropout: of what the adapter reads, in updates alone.
         targets: names of linear layers, such as q_proj; None takes all but the head.
+        tokens: whose rows in embedding and head are trained, too.
 
     Raises:
         ValueError: the weights came from nowhere, and nobody could load them again; the model has an
-            adapter of another rank; or it has none of the targets.
+            adapter of another rank, or without the tokens; or it has none of the targets.
     """
     from peft import LoraConfig, PeftModel, get_peft_model  # seconds, for those who need it
 
@@ -162,6 +187,10 @@ def add_adapter(
         has = model.peft_config[model.active_adapter].r
         if has != rank:
             raise ValueError(f"lora_rank must be {has}, the rank of the adapter that goes on, got {rank}")
+        if tokens:
+            raise ValueError(
+                "tags_as_tokens needs a new adapter: the one that goes on has no rows for tokens"
+            )
         return model
     if not model.name_or_path:
         raise ValueError("lora_rank needs a model folder or a Hub name, not fresh weights; give --model")
@@ -171,10 +200,18 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=list(targets) if targets else "all-linear",
         task_type="CAUSAL_LM",
+        trainable_token_indices=dict.fromkeys(_tables(model), list(tokens)) if tokens else None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
+
+
+def _tables(model: nn.Module) -> list[str]:
+    """The names of what has a row a token: the embedding, and the head where it has weights of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = [embedding] if head.weight is embedding.weight else [embedding, head]
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if module in rows]
 
 
 def load_merged(folder: str, trust_remote_code: bool = False) -> nn.Module:
@@ -207,10 +244,13 @@ def _load_adapter(folder: str, trust_remote_code: bool) -> nn.Module:
 def _load_base(folder: str, trust_remote_code: bool) -> nn.Module:
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    file = Path(folder) / QUANTIZED
+    config = PeftConfig.from_pretrained(folder)
+    name, file = config.base_model_name_or_path, Path(folder) / QUANTIZED
     quantize = json.loads(file.read_text()) if file.is_file() else "none"
-    return load_model(base, quantize=quantize, trust_remote_code=trust_remote_code)
+    base = load_model(name, quantize=quantize, trust_remote_code=trust_remote_code)
+    if getattr(config, "trainable_token_indices", None):  # trained with the tags as tokens
+        add_tag_rows(base, load_any_tokenizer(name, trust_remote_code))
+    return base
 
 
 def save_model(folder: str | os.PathLike, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -223,7 +263,10 @@ def save_model(folder: str | os.PathLike, model: nn.Module, tokenizer: PreTraine
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    model.save_pretrained(folder)
+    # Of an adapter never the whole embedding, which PEFT would add where it has been given more rows.
+    model.save_pretrained(
+        folder, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {})
+    )
     tokenizer.save_pretrained(folder)
     if is_quantized(model):
         (Path(folder) / QUANTIZED).write_text(json.dumps("nf4") + "\n")
@@ -501,9 +544,10 @@ def _has_plain_head(model: nn.Module) -> bool:
     fresh weights.
     """
     head, decoder = model.get_output_embeddings(), model.get_decoder()
-    if type(head) is not nn.Linear or head.bias is not None:
+    linear = getattr(head, "original_module", head)  # under PEFT's rows of single tokens
+    if type(linear) is not nn.Linear or linear.bias is not None:
         return False
-    said = torch.linspace(-100, 100, head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    said = torch.linspace(-100, 100, linear.out_features, dtype=head.weight.dtype, device=head.weight.device)
     seen: dict[str, Tensor] = {}
     hooks = [
         decoder.register_forward_hook(lambda module, inputs, output: seen.update(hidden=output[0])),

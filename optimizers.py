@@ -62,7 +62,8 @@ def make_optimizer(
     # Rows of an embedding or head are separate directions, one a token: nothing to orthogonalise.
     # By type, not by name: GPT-2 calls its embeddings wte and wpe, and a tied head is one of them.
     tables = {id(module.weight) for module in policy.modules() if isinstance(module, nn.Embedding)}
-    inside = {id(p) for n, p in trained if p.ndim == 2 and id(p) not in tables and "lm_head" not in n}
+    tables |= {id(p) for n, p in trained if "lm_head" in n or "trainable_tokens" in n}
+    inside = {id(p) for _, p in trained if p.ndim == 2 and id(p) not in tables}
     hidden = [p for p in matrices if id(p) in inside]
     others = [p for p in matrices if id(p) not in inside]
     muon = Muon(hidden, MUON_FACTOR * learning_rate, weight_decay)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 import prompts
 from tiny import SHAPE, TINY, build_tiny_tokenizer
@@ -21,13 +21,19 @@ def asking(config: Any) -> dict[str, Any]:
 
 
 def load_tokenizer(
-    name: str, system_prompt: str | None = None, *, trust_remote_code: bool = False, **how: Any
+    name: str,
+    system_prompt: str | None = None,
+    *,
+    tags_as_tokens: bool = False,
+    trust_remote_code: bool = False,
+    **how: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hub name, its chat template prepared.
 
     Args:
         name: a folder, a Hub name, or `tiny`.
         system_prompt: as `prompts.prepare_tokenizer` takes it.
+        tags_as_tokens: see `add_tags`; the model needs rows for them (`models.add_tag_rows`).
         trust_remote_code: run Python code that the model brings.
         how: what else `prompts.prepare_tokenizer` takes.
 
@@ -47,6 +53,8 @@ def load_tokenizer(
         # it counts.
         tokenizer.pad_token = tokenizer.eos_token
     set_system_prompt(tokenizer, system_prompt, name, **how)
+    if tags_as_tokens:
+        add_tags(tokenizer)
     return tokenizer
 
 
@@ -64,6 +72,19 @@ def set_system_prompt(
     except ValueError as error:
         tokenizer.chat_template = before
         raise ValueError(f"model {name!r} cannot be asked: {error}") from error
+
+
+def add_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+    """Make each of our tags one token, where the tokenizer writes it in pieces.
+
+    Returns:
+        The ids of the new tokens, each with those of the pieces that wrote it.
+    """
+    written = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in prompts.TAGS}
+    pieces = {tag: ids for tag, ids in written.items() if len(ids) > 1}
+    # Not special ones: decoding keeps them, and the reader needs them.
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in pieces])
+    return {tokenizer.convert_tokens_to_ids(tag): ids for tag, ids in pieces.items()}
 
 
 def load_any_tokenizer(name: str, trust_remote_code: bool = False, **sides: str) -> PreTrainedTokenizerBase:

@@ -34,7 +34,6 @@ from models import (
     Policy,
     WithoutAdapter,
     attend_fast,
-    load_model,
     load_reward_model,
     make_accelerator,
 )
@@ -450,8 +449,7 @@ def build_reference(config: GRPOConfig, policy: Policy) -> nn.Module:
     began_with_adapter = (Path(config.model) / ADAPTER).is_file()
     if config.lora_rank and not began_with_adapter:
         return WithoutAdapter(policy)
-    began = load_model(config.model, config.seed, trust_remote_code=config.trust_remote_code)
-    return Policy(began).requires_grad_(False)
+    return Policy(config.load_weights(config.model)[0]).requires_grad_(False)
 
 
 def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:

@@ -43,18 +43,35 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _adapted_layers(model: nn.Module) -> list[nn.Module]:
-    """Linear layers under a plain LoRA adapter that is in use, whose own weights are plain numbers."""
+    """Linear layers under a plain LoRA adapter that is in use, whose own weights are plain numbers; and what
+    has rows of single tokens in it.
+    """
+
+    def is_plain(layer: nn.Module) -> bool:
+        if hasattr(layer, "trainable_tokens_delta"):
+            return True
+        return (
+            hasattr(layer, "get_delta_weight")
+            and hasattr(layer, "lora_A")
+            and not layer.lora_variant  # DoRA and others, which compute more than a sum
+            and not any(layer.lora_bias.values())
+            and type(layer.get_base_layer()) is nn.Linear
+        )
+
     return [
         layer
         for layer in model.modules()
-        if hasattr(layer, "get_delta_weight")
-        and hasattr(layer, "lora_A")
-        and not layer.lora_variant  # DoRA and others, which compute more than a sum
-        and not any(layer.lora_bias.values())
-        and type(layer.get_base_layer()) is nn.Linear
-        and not layer.merged
-        and not layer.disable_adapters
+        if is_plain(layer) and not layer.merged and not layer.disable_adapters
     ]
+
+
+def _merged_weight(layer: nn.Module) -> Tensor:
+    with torch.no_grad():
+        if hasattr(layer, "trainable_tokens_delta"):
+            return layer.get_merged_weights(layer.active_adapters)
+        weight = layer.get_base_layer().weight
+        added = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+        return (weight + added).to(weight.dtype)
 
 
 @contextmanager
@@ -66,14 +83,13 @@ def _merged(layers: list[nn.Module]) -> Iterator[None]:
     try:
         for layer in layers:
             weight = layer.get_base_layer().weight
-            with torch.no_grad():
-                merged = weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+            merged = _merged_weight(layer)
             kept.append((layer, weight.data))
-            weight.data = merged.to(weight.dtype)
+            weight.data = merged
             layer.merged_adapters.extend(layer.active_adapters)
         yield
     finally:
-        for layer, original in kept:
+        for layer, original in reversed(kept):  # an embedding and its head may be one
             layer.get_base_layer().weight.data = original
             layer.merged_adapters.clear()
 

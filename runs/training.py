@@ -6,13 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from models import Quantization, add_adapter, checkpoint_activations, load_model
+from models import Quantization, add_adapter, add_tag_rows, checkpoint_activations, load_model
 from optimizers import OptimizerName
 from prompts import AnswerStyle
 from runs.config import require
 from runs.console import LogLevel
-from tiny import is_tiny
-from tokenizer import ADAPTER, asking, load_tokenizer, require_same_architecture
+from tiny import TINY, is_tiny
+from tokenizer import (
+    ADAPTER,
+    asking,
+    load_any_tokenizer,
+    load_tokenizer,
+    require_same_architecture,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,9 @@ class TrainingConfig:
     prefill_think: bool | None = None
     """Begin every completion with `<think>`, which the model then need not find."""
 
+    tags_as_tokens: bool = False
+    """Give each tag a token of its own, where it is written in pieces: its embedding begins as their mean. An
+    adapter trains these rows too, and vLLM then takes it merged only."""
     trust_remote_code: bool = False
     """Run Python code that the model brings. Read it first."""
 
@@ -153,7 +162,7 @@ class TrainingConfig:
 
     def load_tokenizer(self, source: str) -> Any:
         """The tokenizer of `model` or of a checkpoint, which asks as it is told to here."""
-        return load_tokenizer(source, **asking(self))
+        return load_tokenizer(source, tags_as_tokens=self.tags_as_tokens, **asking(self))
 
     def load_model(self, source: str) -> Any:
         """The model to train, from `model` or a checkpoint of it.
@@ -161,16 +170,23 @@ class TrainingConfig:
         Raises:
             ValueError: the checkpoint is of another one.
         """
-        trust = self.trust_remote_code
         if source != self.model:
-            require_same_architecture(source, self.model, trust)
-        model = load_model(source, self.seed, quantize=self.quantize, trust_remote_code=trust)
+            require_same_architecture(source, self.model, self.trust_remote_code)
+        model, tokens = self.load_weights(source, self.quantize)
         if self.gradient_checkpointing:
             checkpoint_activations(model)
         if not self.lora_rank:
             return model
-        options = (self.lora_alpha, self.lora_dropout, self.lora_targets)
+        options = (self.lora_alpha, self.lora_dropout, self.lora_targets, tokens)
         return add_adapter(model, self.lora_rank, self.seed, *options)
+
+    def load_weights(self, source: str, quantize: Quantization = "none") -> tuple[Any, list[int]]:
+        """A model as `load_tokenizer`'s tokens need it, and which of these are new to it."""
+        trust = self.trust_remote_code
+        model = load_model(source, self.seed, quantize=quantize, trust_remote_code=trust)
+        if not self.tags_as_tokens or source == TINY:  # whose tags are tokens
+            return model, []
+        return model, add_tag_rows(model, load_any_tokenizer(source, trust))
 
     def data_arguments(self) -> dict[str, Any]:
         """What `data.load_problems` is given for every split."""

@@ -214,7 +214,9 @@ def write_folder(name: str, folder: Path) -> str:
         "eos_token_id": stops,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    small = {"initializer_range": 0.1, "max_position_embeddings": 512}
+    # Qwen's makers leave rows to spare, the others do not.
+    rows = SHAPE["vocab_size"] if family.architecture.startswith("qwen") else len(tokenizer)
+    small = {"initializer_range": 0.1, "max_position_embeddings": 512, "vocab_size": rows}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = AutoConfig.for_model(family.architecture, **SHAPE | small | ids | family.config)
