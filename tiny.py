@@ -21,7 +21,8 @@ def is_tiny(name: str) -> bool:
         return True
     adapter, whole = Path(name) / "adapter_config.json", Path(name) / "config.json"
     if adapter.is_file():
-        return is_tiny(json.loads(adapter.read_text())["base_model_name_or_path"])
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        return base is not None and is_tiny(base)
     return whole.is_file() and SHAPE.items() <= json.loads(whole.read_text()).items()
 
 

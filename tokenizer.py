@@ -188,7 +188,8 @@ def _architecture(name: str, trust_remote_code: bool) -> str:
     """What tells models apart, of a folder or of a Hub name that was loaded before; else the empty text."""
     adapter = Path(name) / ADAPTER
     if adapter.is_file():
-        return _architecture(json.loads(adapter.read_text())["base_model_name_or_path"], trust_remote_code)
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        return _architecture(base, trust_remote_code) if base else ""
     if name == TINY:
         told = {"model_type": "qwen2", **SHAPE}
     else:

@@ -49,6 +49,11 @@ def test_the_learning_rate_is_that_of_what_trains(request, model, rank, of_sft, 
     assert SFTConfig(model=model, lora_rank=rank, optimizer="muon").optimizer == "muon"
 
 
+def test_an_adapter_that_names_no_model_is_an_adapter_all_the_same(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    assert GRPOConfig(model=str(tmp_path)).learning_rate == 1e-5
+
+
 def test_what_the_cold_start_will_leave_is_the_built_in_model(tmp_path, monkeypatch, random_model):
     monkeypatch.chdir(tmp_path)
     assert GRPOConfig().learning_rate == 4e-4  # nothing is there yet
