@@ -12,24 +12,33 @@ Rejection sampling: right and well-formed answers of a model become examples for
 """
 
 import json
+import math
+import random
+import re
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from answers import AnswerBook, gaps, key_of, weights_stamp
 from data import Problem, load_problems
 from exam import Answer, hold_exam, summarise, worth_imitating
-from figures import pass_at_k
+from figures import bootstrap_interval, difference_interval, mcnemar, pass_at_k, wilson_interval
 from inference import Engine, SamplingParams
 from inference.engine import TorchEngine
 from inference.formats import reads_with_mlx
+from inference.search import group_answers
 from inference.server_engine import ServerEngine
 from models import load_model, make_accelerator
-from prompts import AnswerStyle
+from prompts import AnswerStyle, parse_completion, render_prompt
+from rewards.verify import same_answers
 from runs.config import at_the_door, parse_config, require, run_script
+from runs.folder import require_writable
 from tokenizer import asking, load_tokenizer
 
 
@@ -76,6 +85,15 @@ class EvaluateConfig:
     """Of the sampled answers."""
     seed: int = 0
     """Of the sampled answers."""
+    shuffle_seed: int | None = None
+    """Take the problems in another order, before `limit`; if not given, in the data's."""
+    train_data: str | None = None
+    """Count the problems that are also among the training problems of this task, set or file."""
+    contaminated: Literal["count", "drop"] = "count"
+    """Whether those are only counted, or left out as well."""
+    output: str | None = None
+    """A folder for report.json and samples.jsonl, every answer as it comes: the same command goes on where it
+    was stopped."""
     json: str | None = None
     """Write the figures to this file."""
     write_sft: str | None = None
@@ -94,6 +112,10 @@ class EvaluateConfig:
         require(self, "temperature", above=0)
         if self.limit is not None:
             require(self, "limit", at_least=1)
+        if self.contaminated == "drop" and not self.train_data:
+            raise ValueError("contaminated drop needs the training problems; give --train_data")
+        if self.output:
+            require_writable(Path(self.output), "output")
         if self.engine_url and self.baseline:
             raise ValueError("engine_url answers for one model; measure the baseline in a run of its own")
         if self.served_model and not self.engine_url:
@@ -132,24 +154,160 @@ def load_engine(config: EvaluateConfig, name: str, tokenizer: Any, device: Any) 
     return TorchEngine(model, tokenizer)
 
 
+def load_exam(config: EvaluateConfig) -> tuple[list[Problem], int | None]:
+    """The problems, and how many are also training problems; None where nobody asked.
+
+    Raises:
+        ValueError: nothing is left to ask.
+    """
+    columns = {"question_column": config.question_column, "answer_column": config.answer_column}
+    load = {"options": config.data_options, **columns}
+    whole = config.limit if config.shuffle_seed is None and config.contaminated == "count" else None
+    problems = load_problems(config.data, config.split, limit=whole, **load)
+    if config.shuffle_seed is not None:
+        random.Random(config.shuffle_seed).shuffle(problems)
+    seen = None
+    if config.train_data:
+        trained = {_plain(p.question) for p in load_problems(config.train_data, "train", require_gold=False)}
+        if config.contaminated == "drop":
+            kept = [problem for problem in problems if _plain(problem.question) not in trained]
+            seen, problems = len(problems) - len(kept), kept[: config.limit]
+        else:
+            problems = problems[: config.limit]
+            seen = sum(_plain(problem.question) in trained for problem in problems)
+    problems = problems[: config.limit]
+    if not problems:
+        raise ValueError(f"data {config.data!r}: all {seen} problems are training problems; nothing is left")
+    return problems, seen
+
+
+def _plain(question: str) -> str:
+    """A question without what does not make it another one: case, spaces, punctuation between words."""
+    return " ".join(re.findall(r"\w+|[^\w\s.,;:!?]", question.casefold()))
+
+
 def examine(
-    config: EvaluateConfig, engine: Engine, tokenizer: Any, problems: list[Problem], bar: tqdm
+    config: EvaluateConfig,
+    name: str,
+    engine: Engine,
+    tokenizer: Any,
+    problems: list[Problem],
+    accelerator: Accelerator,
+    book: AnswerBook,
 ) -> Result:
-    """Let a model answer greedily, and in samples if asked for."""
+    """Let a model answer greedily, and in samples if asked for; every process its share."""
+    size = math.ceil(len(problems) / accelerator.num_processes)
+    first = min(len(problems), accelerator.process_index * size)
+    stop = min(len(problems), first + size)
+    total = (stop - first) * (1 + config.samples)
+    bar = tqdm(
+        total=total, desc=name, unit="answer", dynamic_ncols=True, disable=not accelerator.is_main_process
+    )
 
-    def ask(temperature: float, n: int) -> list[list[Answer]]:
+    def ask(kind: str, temperature: float, n: int) -> list[list[Answer]]:
         params = SamplingParams(config.max_completion_tokens, temperature)
-        return hold_exam(engine, tokenizer, problems, params, n, (config.seed,), on_answer=bar.update)
+        form = {"prompt": render_prompt(tokenizer, ""), "params": asdict(params), "n": n, "seed": config.seed}
+        key = key_of(model=name, stamp=weights_stamp(name), url=config.engine_url, **form)
+        known = book.known(key, problems)
 
-    greedy = ask(0.0, 1)
+        def keep(number: int, answers: list[Answer]) -> None:
+            known[number] = answers
+            book.keep(key, number, problems[number], answers, model=name, kind=kind)
+
+        bar.update(n * sum(number in known for number in range(first, stop)))
+        for begin, end in list(gaps(known, first, stop)):
+            asked = (problems[begin:end], params, n, (config.seed,), begin)
+            hold_exam(engine, tokenizer, *asked, on_answer=bar.update, on_group=keep)
+        return gather_object([known[number] for number in range(first, stop)])
+
+    with bar, accelerator.autocast():
+        greedy = ask("greedy", 0.0, 1)
+        sampled = ask("sampled", config.temperature, config.samples) if config.samples else []
+    return Result(figures_of(greedy, sampled), [group[0] for group in greedy], sampled)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def figures_of(greedy: list[list[Answer]], sampled: list[list[Answer]]) -> dict[str, Any]:
+    """What `exam.summarise` says of the greedy answers, and of k samples their mean accuracy, the majority's
+    and the chance that one of them is right.
+    """
     figures = summarise(greedy)
-    sampled = ask(config.temperature, config.samples) if config.samples else []
     if sampled:
+        k = len(sampled[0])
         right = [sum(bool(answer.correct) for answer in group) for group in sampled]
-        figures["samples"] = config.samples
-        figures["accuracy_sampled"] = summarise(sampled)["accuracy_strict"]
-        figures["pass_at_k"] = statistics.fmean(pass_at_k(config.samples, c, config.samples) for c in right)
-    return Result(figures, [group[0] for group in greedy], sampled)
+        passes = [pass_at_k(k, count, k) for count in right]
+        votes = [float(majority_is_right(group)) for group in sampled]
+        figures |= {
+            "samples": k,
+            "accuracy_sampled": statistics.fmean(right) / k,
+            "ci95_sampled": list(bootstrap_interval([count / k for count in right])),
+            "maj_at_k": statistics.fmean(votes),
+            "ci95_maj_at_k": list(bootstrap_interval(votes)),
+            "pass_at_k": statistics.fmean(passes),
+            "ci95_pass_at_k": list(bootstrap_interval(passes)),
+        }
+    return figures
+
+
+def majority_is_right(answers: Sequence[Answer]) -> bool:
+    """Is the answer that most completions give the right one? Answers that say the same are one; between
+    equally many the first wins.
+    """
+    groups = group_answers([answer.extracted for answer in answers], same_answers)
+    return bool(groups) and answers[max(groups, key=len)[0]].correct is True
+
+
+def compare(before: Result, after: Result) -> dict[str, Any]:
+    """Two models on the same problems: the difference of their greedy accuracy with its interval, and how
+    likely so large a one is where there is none.
+    """
+    verdicts = [[answer.correct is True for answer in result.greedy] for result in (before, after)]
+    difference = after.figures["accuracy_strict"] - before.figures["accuracy_strict"]
+    interval = list(difference_interval(*verdicts))
+    return {
+        "difference": {"accuracy_strict": difference, "ci95": interval},
+        "p_value": mcnemar(*verdicts),
+    }
+
+
+def by_kind(problems: list[Problem], greedy: list[Answer]) -> dict[str, dict[str, Any]]:
+    """Greedy accuracy by how hard the data says that a problem is, and by how many steps its solution has."""
+    told: dict[str, dict[str, Any]] = {}
+    for name in ("level", "difficulty", "steps"):
+        kinds: dict[str, list[Answer]] = {}
+        for problem, answer in zip(problems, greedy, strict=True):
+            if (kind := _kind(problem, name)) is not None:
+                kinds.setdefault(str(kind), []).append(answer)
+        if 1 < len(kinds) <= MOST_KINDS:
+            told[name] = {kind: _share_right(kinds[kind]) for kind in sorted(kinds, key=_as_number)}
+    return told
+
+
+MOST_KINDS = 20
+
+
+def _kind(problem: Problem, name: str) -> Any:
+    if name in problem.columns or name != "steps" or not problem.completion:
+        return problem.columns.get(name)
+    thought = parse_completion(problem.completion).thought or ""
+    return sum(bool(line.strip()) for line in thought.splitlines()) or None
+
+
+def _share_right(answers: Sequence[Answer]) -> dict[str, Any]:
+    right = sum(answer.correct is True for answer in answers)
+    return {
+        "n": len(answers),
+        "accuracy_strict": right / len(answers),
+        "ci95": list(wilson_interval(right, len(answers))),
+    }
+
+
+def _as_number(text: str) -> tuple[float, str]:
+    digits = re.search(r"\d+", text)
+    return (float(digits[0]) if digits else math.inf, text)
 
 
 def write_examples(config: EvaluateConfig, problems: list[Problem], sampled: list[list[Answer]]) -> None:
@@ -166,16 +324,28 @@ def write_examples(config: EvaluateConfig, problems: list[Problem], sampled: lis
 # ------------------------------------------------------------------------------------------------------------
 # Telling
 
+
+def _corrections(figures: dict[str, Any]) -> str:
+    helped = figures["self_correction_accuracy"]
+    return f"{figures['self_correction_rate']:.1%}" + (
+        f" (right: {helped:.0%})" if helped is not None else ""
+    )
+
+
 ROWS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("accuracy_strict", "accuracy, strict", lambda f: f"{f['accuracy_strict']:.1%}"),
     ("ci95", "  95 % interval", lambda f: "{:.1%} to {:.1%}".format(*f["ci95"])),
     ("accuracy_lenient", "accuracy, lenient", lambda f: f"{f['accuracy_lenient']:.1%}"),
     ("accuracy_sampled", "accuracy, sampled", lambda f: f"{f['accuracy_sampled']:.1%}"),
+    ("maj_at_k", "majority of k", lambda f: f"{f['maj_at_k']:.1%} (k = {f['samples']})"),
     ("pass_at_k", "pass@k", lambda f: f"{f['pass_at_k']:.1%} (k = {f['samples']})"),
     ("format_rate", "well formed", lambda f: f"{f['format_rate']:.1%}"),
     ("truncation_rate", "truncated", lambda f: f"{f['truncation_rate']:.1%}"),
     ("undecided_rate", "undecided", lambda f: f"{f['undecided_rate']:.1%}"),
-    ("mean_tokens", "tokens a completion", lambda f: f"{f['mean_tokens']:.1f}"),
+    ("mean_tokens", "tokens, mean", lambda f: f"{f['mean_tokens']:.1f}"),
+    ("median_tokens", "tokens, median", lambda f: f"{f['median_tokens']:.0f}"),
+    ("verification_rate", "checks itself", lambda f: f"{f['verification_rate']:.1%}"),
+    ("self_correction_rate", "corrects itself", _corrections),
 )
 
 
@@ -211,46 +381,74 @@ def indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
+def report_of(
+    config: EvaluateConfig, results: dict[str, Result], problems: list[Problem], seen: int | None
+) -> dict:
+    """Everything that was measured; docs/evaluation.md has the meaning of each key."""
+    rows = {
+        name: {"model": name, "data": config.data, "split": config.split, **result.figures}
+        | {"by": by_kind(problems, result.greedy)}
+        for name, result in results.items()
+    }
+    report = rows[config.model]
+    if seen is not None:
+        report["contaminated"] = seen
+    if config.baseline:
+        report["baseline"] = rows[config.baseline]
+        report |= compare(results[config.baseline], results[config.model])
+    return report
+
+
+def tell(config: EvaluateConfig, results: dict[str, Result], problems: list[Problem], report: dict) -> None:
+    """Print what was measured, and one problem with its answers."""
+    order = "" if config.shuffle_seed is None else f", shuffled with seed {config.shuffle_seed}"
+    print(f"\n{config.data}, {config.split} split, {len(problems)} problems{order}, greedy unless said\n")
+    print(table(results))
+    if "difference" in report:
+        low, high = report["difference"]["ci95"]
+        gain = report["difference"]["accuracy_strict"]
+        print(
+            f"\ndifference {100 * gain:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}), "
+            f"McNemar's p = {report['p_value']:.2g}"
+        )
+    for name, kinds in report["by"].items():
+        shares = (f"{kind}: {f['accuracy_strict']:.1%} (n = {f['n']})" for kind, f in kinds.items())
+        print(f"\nby {name}, {config.model}: " + ", ".join(shares))
+    if config.train_data:
+        done = "left out" if config.contaminated == "drop" else "among them"
+        print(f"\n{report['contaminated']} problems that are also in {config.train_data}, {done}")
+    index = telling_problem(list(results.values()))
+    print(f"\n{problems[index].question}   (gold: {problems[index].gold})")
+    for name, result in results.items():
+        answer = result.greedy[index]
+        print(f"\n  {name}: {'right' if answer.correct else 'wrong'}\n{indented(answer.completion)}")
+
+
 def main(config: EvaluateConfig) -> int:
     """Measure, print, and write the figures if asked for; returns the exit code."""
     names = [name for name in (config.baseline, config.model) if name]
     with at_the_door():
         accelerator = make_accelerator()
         tokenizers = {name: load_tokenizer(name, **asking(config)) for name in names}
-        problems = load_problems(
-            config.data,
-            config.split,
-            limit=config.limit,
-            question_column=config.question_column,
-            answer_column=config.answer_column,
-            options=config.data_options,
-        )
+        problems, seen = load_exam(config)
+    book = AnswerBook(Path(config.output) if config.output else None, accelerator.process_index)
     results: dict[str, Result] = {}
-    answers = len(problems) * (1 + config.samples)
     for name in names:
         with at_the_door():
             engine = load_engine(config, name, tokenizers[name], accelerator.device)
-        with tqdm(total=answers, desc=name, unit="answer", dynamic_ncols=True) as bar, accelerator.autocast():
-            results[name] = examine(config, engine, tokenizers[name], problems, bar)
+        results[name] = examine(config, name, engine, tokenizers[name], problems, accelerator, book)
         del engine
-
-    print(f"\n{config.data}, {config.split} split, {len(problems)} problems, greedy unless said\n")
-    print(table(results))
-    index = telling_problem(list(results.values()))
-    print(f"\n{problems[index].question}   (gold: {problems[index].gold})")
-    for name, result in results.items():
-        answer = result.greedy[index]
-        print(f"\n  {name}: {'right' if answer.correct else 'wrong'}\n{indented(answer.completion)}")
+    if not accelerator.is_main_process:
+        return 0
+    report = report_of(config, results, problems, seen)
+    tell(config, results, problems, report)
     if config.write_sft:
         write_examples(config, problems, results[config.model].sampled)
-    if config.json:
-        rows = {
-            name: {"model": name, "data": config.data, "split": config.split, **r.figures}
-            for name, r in results.items()
-        }
-        report = rows[config.model] | ({"baseline": rows[config.baseline]} if config.baseline else {})
-        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nfigures in {config.json}")
+    files = [Path(config.json)] if config.json else []
+    files += [Path(config.output) / "report.json"] if config.output else []
+    for file in files:
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"\nfigures in {file}")
     return 0
 
 

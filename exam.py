@@ -61,8 +61,9 @@ def hold_exam(
     seed: Sequence[int] = (0,),
     first_problem: int = 0,
     on_answer: Callable[[], None] = lambda: None,
+    on_group: Callable[[int, list[Answer]], None] = lambda number, answers: None,
 ) -> list[list[Answer]]:
-    """Sample `n` completions of every problem and judge them.
+    """Sample `n` completions of every problem, each judged as it ends.
 
     Args:
         engine: answers.
@@ -73,17 +74,24 @@ def hold_exam(
         seed: keys the random numbers, with the problem's number and the sample's.
         first_problem: the number of the first problem, where this is one process' share of a longer list.
         on_answer: called as each completion ends.
+        on_group: called with a problem's number and answers as its last completion ends.
 
     Returns:
         `n` answers a problem, in order.
     """
     texts = [render_prompt(tokenizer, problem.question) for problem in problems]
     token_ids = [encode_prompt(tokenizer, problem.question) for problem in problems]
-    groups = engine.generate(token_ids, n, params, seed, first_problem, lambda *_: on_answer())
-    return [
-        [judge_completion(tokenizer, text, completion, problem) for completion in group]
-        for text, group, problem in zip(texts, groups, problems, strict=True)
-    ]
+    answers: list[list[Answer | None]] = [[None] * n for _ in problems]
+
+    def take(prompt: int, sample: int, completion: Completion) -> None:
+        on_answer()
+        group = answers[prompt]
+        group[sample] = judge_completion(tokenizer, texts[prompt], completion, problems[prompt])
+        if None not in group:
+            on_group(first_problem + prompt, group)
+
+    engine.generate(token_ids, n, params, seed, first_problem, take)
+    return answers
 
 
 def hold_shared_exam(

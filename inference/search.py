@@ -228,20 +228,20 @@ def majority_vote(
         raise ValueError(f"weights must be >= 0, got {[voter.score for voter in voters]}")
     total = sum(voter.score for voter in voters) or 1.0
     shares = [0.0] * n
-    for group in group_answers(voters, same):
+    for group in group_answers([voter.answer for voter in voters], same):
         for place in group:
             shares[place] = sum(voters[i].score for i in group) / total
     return _result([replace(v, score=share) for v, share in zip(voters, shares, strict=True)])
 
 
-def group_answers(candidates: Sequence[Candidate], same: Callable[[str, str], bool] = eq) -> list[list[int]]:
-    """The places of candidates whose answers say the same, in the order of the answers' first appearance."""
+def group_answers(answers: Sequence[str | None], same: Callable[[str, str], bool] = eq) -> list[list[int]]:
+    """The places of answers that say the same, in the order of their first appearance; None is no answer."""
     groups: list[list[int]] = []
-    for place, candidate in enumerate(candidates):
-        if candidate.answer is None:
+    for place, answer in enumerate(answers):
+        if answer is None:
             continue
         for group in groups:
-            if same(candidate.answer, candidates[group[0]].answer):
+            if same(answer, answers[group[0]]):
                 group.append(place)
                 break
         else:

@@ -25,6 +25,7 @@ ROOMS = {
     "tokenizer": ["prompts", "tiny"],
     "models": ["llama", "losses", "tiny", "tokenizer"],
     "figures": [],
+    "answers": ["data", "exam", "runs.lines", "runs.records"],
     "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
     "rewards": ["prompts", "rewards.*"],
     "rollouts": ["batches", "data", "inference", "prompts", "rewards.*"],
@@ -72,6 +73,7 @@ ROOMS = {
         "train_sft",  # for the cold start, in the same process
     ],
     "evaluate": [
+        "answers",
         "data",
         "exam",
         "figures",
@@ -114,6 +116,7 @@ GUARDED = {
     "accelerate": [
         "batches",
         "credit",
+        "evaluate",
         "exam",
         "memory",
         "models",

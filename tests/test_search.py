@@ -196,7 +196,7 @@ def test_a_vote_counts_answers_that_say_the_same_and_not_texts():
     found = majority_vote(ask(*texts), 5, same_answers)
     assert (found.answer, found.score) == ("1/2", 3 / 5)
     assert [candidate.score for candidate in found.candidates] == [2 / 5, 3 / 5, 2 / 5, 3 / 5, 3 / 5]
-    assert group_answers(found.candidates, same_answers) == [[0, 2], [1, 3, 4]]
+    assert group_answers([c.answer for c in found.candidates], same_answers) == [[0, 2], [1, 3, 4]]
 
 
 def test_a_tie_goes_to_the_answer_that_came_first():

@@ -1,0 +1,153 @@
+"""What an evaluation tells of answers made by hand, and that it goes on where it was stopped."""
+
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+import evaluate
+from answers import AnswerBook
+from data import Problem
+from evaluate import (
+    EvaluateConfig,
+    Result,
+    by_kind,
+    compare,
+    examine,
+    figures_of,
+    load_exam,
+    majority_is_right,
+)
+from exam import Answer
+from inference import Completion
+
+
+def answer(correct, extracted="1", tokens=3):
+    return Answer("text", tokens, False, True, correct, correct, extracted)
+
+
+@pytest.mark.parametrize(
+    ("told", "right"),
+    [
+        ([("7", True), ("8", False), ("8", False)], False),
+        ([("7", True), ("8", False), ("7", True)], True),
+        ([("0.5", True), ("1/2", True), ("8", False), ("8", False), (r"\frac{1}{2}", True)], True),
+        ([("8", False), ("7", True)], False),  # the first of equals
+        ([("7", True), (None, False), (None, False)], True),  # no answer is no vote
+        ([(None, False)], False),
+    ],
+)
+def test_a_majority_is_of_answers_that_say_the_same(told, right):
+    assert majority_is_right([answer(correct, extracted) for extracted, correct in told]) == right
+
+
+def test_figures_of_samples():
+    greedy = [[answer(True)], [answer(False)]]
+    sampled = [[answer(True, "7")] * 3 + [answer(False, "8")], [answer(False, "1"), answer(True, "2")] * 2]
+    figures = figures_of(greedy, sampled)
+    assert figures["accuracy_strict"] == 1 / 2
+    assert figures["accuracy_sampled"] == 5 / 8
+    assert figures["maj_at_k"] == 1 / 2
+    assert figures["pass_at_k"] == 1.0
+    assert figures["samples"] == 4
+    assert "pass_at_k" not in figures_of(greedy, [])
+
+
+def test_two_models_are_compared_problem_by_problem():
+    def result(verdicts):
+        groups = [[answer(verdict)] for verdict in verdicts]
+        return Result(figures_of(groups, []), [group[0] for group in groups], [])
+
+    before, after = [False] * 30 + [True] * 20 + [None] * 2, [True] * 20 + [False] * 10 + [True] * 22
+    told = compare(result(before), result(after))
+    assert told["difference"]["accuracy_strict"] == pytest.approx(22 / 52)
+    low, high = told["difference"]["ci95"]
+    assert 0 < low < 22 / 52 < high
+    assert told["p_value"] == pytest.approx(2 / 2**22)
+    same = compare(result(before), result(before))
+    assert same["p_value"] == 1.0
+
+
+def test_accuracy_by_level_and_by_steps():
+    problems = [
+        Problem("a", "1", "<think>x\ny\n</think><answer>1</answer>", {"level": "Level 10"}),
+        Problem("b", "1", "<think>x\ny</think><answer>1</answer>", {"level": "Level 2"}),
+        Problem("c", "1", "<think>x</think><answer>1</answer>", {"level": "Level 2"}),
+        Problem("d", "1", None, {"level": "Level 2"}),
+    ]
+    told = by_kind(problems, [answer(True), answer(True), answer(False), answer(None)])
+    assert list(told["level"]) == ["Level 2", "Level 10"]
+    assert told["level"]["Level 2"]["n"] == 3
+    assert told["level"]["Level 2"]["accuracy_strict"] == 1 / 3
+    assert {kind: figures["accuracy_strict"] for kind, figures in told["steps"].items()} == {"1": 0, "2": 1}
+    assert by_kind(problems[1:3], [answer(True)] * 2).keys() == {"steps"}  # one level alone tells nothing
+
+
+def test_problems_of_the_training_data_are_counted_or_left_out(tmp_path):
+    rows = [{"question": f"{n} plus {n}?", "answer": str(2 * n)} for n in range(10)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = [{"question": " 3  PLUS 3 "}, {"question": "4 plus 4?!"}, {"question": "3 plus 33?"}]
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row | {"answer": "1"}) + "\n" for row in seen))
+    (folder / "validation.jsonl").write_text('{"question": "?", "answer": "1"}\n')
+    ask = {"model": "m", "data": str(tmp_path), "train_data": str(folder)}
+    problems, found = load_exam(EvaluateConfig(**ask))
+    assert (len(problems), found) == (10, 2)
+    problems, found = load_exam(EvaluateConfig(**ask, contaminated="drop", limit=5))
+    assert found == 2
+    assert [problem.gold for problem in problems] == ["0", "2", "4", "10", "12"]
+    shuffled, _ = load_exam(EvaluateConfig(**ask, shuffle_seed=1, limit=5))
+    again, _ = load_exam(EvaluateConfig(**ask, shuffle_seed=1))
+    assert shuffled == again[:5] != load_exam(EvaluateConfig(**ask))[0][:5]
+    with pytest.raises(ValueError, match="--train_data"):
+        EvaluateConfig(model="m", contaminated="drop")
+
+
+class Dies(Exception):
+    pass
+
+
+class Engine:
+    """Answers in an order of its own, and dies after so many completions."""
+
+    def __init__(self, tokenizer, lives):
+        self.tokenizer, self.lives, self.asked = tokenizer, lives, []
+
+    def generate(self, prompts, n, params, seed, first_prompt, on_completion):
+        for prompt in reversed(range(len(prompts))):
+            for sample in range(n):
+                if not self.lives:
+                    raise Dies
+                self.lives -= 1
+                number = first_prompt + prompt
+                self.asked.append((number, sample, params.temperature))
+                ids = self.tokenizer.encode(f"<think>.</think><answer>{number + sample % 2}</answer>")
+                on_completion(prompt, sample, Completion(ids, [0.0] * len(ids), "stop"))
+
+
+def test_an_evaluation_that_was_stopped_goes_on_and_tells_the_same(tmp_path, monkeypatch, tiny):
+    tokenizer = tiny[1]
+    monkeypatch.setattr(evaluate, "gather_object", lambda told: told)
+    problems = [Problem(f"{n}?", str(n)) for n in range(6)]
+    config = EvaluateConfig(model="m", samples=2)
+    alone = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, autocast=nullcontext)
+
+    def ask(engine, folder):
+        asked = (config, "m", engine, tokenizer, problems, alone, AnswerBook(folder))
+        return examine(*asked)
+
+    whole = Engine(tokenizer, 99)
+    expected = ask(whole, None)
+    first, second = Engine(tokenizer, 6 + 5), Engine(tokenizer, 99)
+    with pytest.raises(Dies):
+        ask(first, tmp_path)
+    assert ask(second, tmp_path) == expected
+    # What was whole is not asked again; the problem of which one sample was missing is.
+    assert sorted({*first.asked, *second.asked}) == sorted(whole.asked)
+    assert len(first.asked) + len(second.asked) == len(whole.asked) + 1
+    third = Engine(tokenizer, 0)
+    assert ask(third, tmp_path) == expected
+    assert expected.figures["accuracy_strict"] == 1.0
+    assert expected.figures["accuracy_sampled"] == 0.5
