@@ -3,7 +3,8 @@ micro-batches that change the memory but not the gradient.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from memory import is_out_of_memory, release_memory
 from runs.config import RunStopped
 from runs.signals import StepStopped, StopRequest
+from sharding import is_sharded
 
 # Numbers whose mean is taken in one exchange between processes: a copy of so many, and no more.
 REDUCED_AT_ONCE = 25_000_000
@@ -126,7 +128,7 @@ class MicroBatches:
             restart: drops what `work` has done; called before everything is done again in smaller parts.
 
         Raises:
-            RunStopped: memory runs out on a single row, on whatever process.
+            RunStopped: memory runs out on a single row, on whatever process, or anywhere in a sharded policy.
             StepStopped: some process was told to stop; what `work` has done is dropped.
         """
         while True:
@@ -137,13 +139,19 @@ class MicroBatches:
             ran_out = False
             try:
                 for index in range(count):
-                    if self.stop.signal:
+                    if self._is_told_to_stop():
                         break
                     part, scale = (plan[index], 1.0) if index < len(plan) else ([shortest], 0.0)
                     work(part, scale)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if is_sharded(self.accelerator):
+                    raise RunStopped(
+                        "memory ran out in a sharded update, which no process can do again alone; the same "
+                        f"command with --micro_batch_tokens {max(1, self.tokens // 2)} goes on from the last "
+                        "checkpoint"
+                    ) from error
                 ran_out = True
             everyone = gather_object([(self.stop.signal, ran_out, most)])
             if any(signal for signal, _, _ in everyone):
@@ -164,8 +172,27 @@ class MicroBatches:
             self.tokens = max(1, min(self.tokens, most * longest) // 2)
             self.tokens = min(gather_object([self.tokens]))
 
+    def _is_told_to_stop(self) -> bool:
+        """Where processes meet in every part, none leaves before another does."""
+        return self.stop.agree() if is_sharded(self.accelerator) else self.stop.signal is not None
 
-def reduce_gradients(accelerator: Accelerator, policy: nn.Module) -> None:
+
+@contextmanager
+def averaged_gradients(accelerator: Accelerator, policy: nn.Module) -> Iterator[None]:
+    """Let gradients gather, and average them over all processes.
+
+    Processes meet once, when all have come through: one that runs out of memory would leave the others
+    waiting for it. Where they hold parts of the policy, they meet in every block of every part anyway.
+    """
+    if is_sharded(accelerator):
+        yield
+        return
+    with accelerator.no_sync(policy):
+        yield
+    _reduce_gradients(accelerator, policy)
+
+
+def _reduce_gradients(accelerator: Accelerator, policy: nn.Module) -> None:
     """Average gradients that were taken without synchronising, over all processes, some at a time."""
     if accelerator.num_processes == 1:
         return

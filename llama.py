@@ -4,6 +4,8 @@ The library's forward works on padded rows. Here every linear layer reads the to
 others, side by side in one matrix, a prompt once for all its completions; only attention sees rows.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -207,7 +209,8 @@ class Packing:
         return torch.cat(mixed).flatten(1)
 
 
-def _run_block(layer: nn.Module, states: Tensor, packing: Packing, cos: Tensor, sin: Tensor) -> Tensor:
+def run_block(layer: nn.Module, states: Tensor, packing: Packing, cos: Tensor, sin: Tensor) -> Tensor:
+    """What a block makes of the states `[N, H]` of packed tokens."""
     attention = layer.self_attn
     query, key, value = project(attention, norm(layer.input_layernorm, states), cos, sin)
     states = states + attention.o_proj(packing.attend(query, key, value, attention.scaling))
@@ -234,8 +237,9 @@ def predicting_states(
     cos, sin = angles(decoder, states, packing.positions)
     is_checkpointed = decoder.gradient_checkpointing and decoder.training
     for layer in decoder.layers:
+        run = getattr(layer, "run_packed", partial(run_block, layer))  # a sharded one gathers its weights
         if is_checkpointed:
-            states = checkpoint(_run_block, layer, states, packing, cos, sin, use_reentrant=False)
+            states = checkpoint(run, states, packing, cos, sin, use_reentrant=False)
         else:
-            states = _run_block(layer, states, packing, cos, sin)
+            states = run(states, packing, cos, sin)
     return norm(decoder.norm, packing.predicting(states))

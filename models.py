@@ -26,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from llama import LLAMA_FAMILY, is_llama, predicting_states, without_adapter
 from losses import token_logprobs
+from sharding import read_plan, shard_on_cpu
 from tiny import TINY, build_tiny
 from tokenizer import ADAPTER, add_tags, load_any_tokenizer, loading, require_model
 
@@ -400,7 +401,8 @@ def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accele
         folder: where trackers that write files put them.
 
     Raises:
-        ValueError: the tracker is not installed, or a GPU that was asked for is not there.
+        ValueError: the tracker is not installed, a GPU that was asked for is not there, or sharding was asked
+            for in a way that cannot be done.
     """
     require_gpus()
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
@@ -410,12 +412,16 @@ def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accele
     # Sampling makes do without the float64 that Apple's GPUs have not; an update was never run on one.
     use_cpu = torch.backends.mps.is_available()
     precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return Accelerator(
+    plan = read_plan(compute_dtype())
+    accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=precision[compute_dtype()],
         log_with=None if tracker == "none" else tracker,
         project_dir=folder,
+        fsdp_plugin=plan,
     )
+    shard_on_cpu(accelerator, plan)
+    return accelerator
 
 
 class Critic(nn.Module):
@@ -457,6 +463,7 @@ class Policy(nn.Module):
         self.model = model
         self.critic = Critic(model, critic) if critic else None
         self.has_plain_head = _has_plain_head(model)
+        self._no_split_modules = model._no_split_modules  # what Accelerate shards apart: the blocks
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, temperature: float = 1.0

@@ -34,6 +34,7 @@ from models import (
     Policy,
     WithoutAdapter,
     attend_fast,
+    compute_dtype,
     load_reward_model,
     make_accelerator,
 )
@@ -59,6 +60,7 @@ from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
 from runs.signals import StepStopped
 from runs.training import TrainingConfig
+from sharding import Weights, prepare, refuse_unshardable
 from tokenizer import ADAPTER
 from train_sft import SFTConfig
 from train_sft import main as cold_start
@@ -396,7 +398,7 @@ def sample_step(training: Training) -> list[Group]:
         actors = (training.engine, training.tokenizer, drawn, training.scorer)
         broken = None
         try:
-            with run.accelerator.autocast():
+            with run.weights.whole(compute_dtype()), run.accelerator.autocast():
                 groups += roll_out(*actors, config, run.step, number, run.stop.check)
         except StepStopped:
             pass
@@ -486,8 +488,8 @@ def carry_over(training: Training, metrics: dict[str, float], fresh: list[Group]
         error = min(max(metrics["policy/kl"] / config.kl_target - 1, -0.2), 0.2)
         run.memory["kl_coef"] *= 1 + 0.1 * error
     if config.ref_sync_steps and run.step % config.ref_sync_steps == 0:
-        policy = training.accelerator.unwrap_model(training.policy)
-        training.reference.model.load_state_dict(policy.model.state_dict())
+        with run.weights.whole() as model:
+            training.reference.model.load_state_dict(model.state_dict())
     if config.replay_groups:
         latest = gather_object([group_state(group) for group in fresh if group.has_signal])
         run.memory["replay"] = (latest + run.memory["replay"])[: config.replay_groups]
@@ -582,14 +584,16 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
 
     optimizer_steps = config.total_steps * config.updates_per_rollout * config.epochs_per_rollout
     scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, optimizer_steps)
-    critic = policy.critic
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    critic, weights = policy.critic, Weights(accelerator, policy)
+    policy, optimizer = prepare(accelerator, policy, optimizer)
     attend_fast(model)
     reference = reference and reference.to(accelerator.device)
-    run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
+    run = Run(start, config, accelerator, weights, tokenizer, optimizer, scheduler)
     remember(run, config, critic, reference)
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory["budget"], run.stop)
-    engine = TorchEngine(model, tokenizer)
+    with weights.whole() as sampled:  # the model, or a copy of it
+        attend_fast(sampled)
+        engine = TorchEngine(sampled, tokenizer)
     engine.memory = run.memory["sampler"] or engine.memory
     run.log.console.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     training = Training(
@@ -600,7 +604,8 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
 
     def evaluate() -> None:
         asked = (accelerator, engine, tokenizer, held_out, greedy)
-        groups = hold_shared_exam(*asked, check=run.stop.check)
+        with run.weights.whole(compute_dtype()):
+            groups = hold_shared_exam(*asked, check=run.stop.check)
         run.evaluated("validation", summarise(groups), canary_rows(held_out, groups))
 
     with training.scorer:
@@ -615,6 +620,7 @@ def main(config: GRPOConfig) -> int:
         return code
     with at_the_door():
         check_share(config, accelerator.num_processes)
+        refuse_unshardable(accelerator, config)
         start = open_run(config)
     if start.is_finished:
         accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")

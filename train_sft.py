@@ -19,20 +19,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from batches import MicroBatches, pad_batch, reduce_gradients
+from batches import MicroBatches, averaged_gradients, pad_batch
 from data import Problem, load_problems, take
 from exam import canary_rows, hold_shared_exam, summarise
 from inference import SamplingParams
 from inference.engine import TorchEngine
 from losses import loss_weights
 from memory import peak_memory
-from models import Policy, attend_fast, make_accelerator
+from models import Policy, attend_fast, compute_dtype, make_accelerator
 from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
 from prompts import answer_style, completion_prefix, in_style, render_prompt
 from runs.config import at_the_door, parse_config, require, run_script
 from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
 from runs.training import TrainingConfig
+from sharding import Weights, prepare, refuse_unshardable
 from tiny import TINY
 
 # ------------------------------------------------------------------------------------------------------------
@@ -132,6 +133,7 @@ def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
     is_stage = accelerator is not None
     with at_the_door():
         accelerator = accelerator or make_accelerator(config.tracker, config.output)
+        refuse_unshardable(accelerator, config)
         start = open_run(config)
     if start.is_finished:
         accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
@@ -163,10 +165,13 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
         optimizer = make_optimizer(policy, config.optimizer, config.learning_rate, config.weight_decay)
 
     scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, config.total_steps)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    weights = Weights(accelerator, policy)
+    policy, optimizer = prepare(accelerator, policy, optimizer)
     attend_fast(model)
-    engine = TorchEngine(model, tokenizer)
-    run = Run(start, config, accelerator, model, tokenizer, optimizer, scheduler)
+    with weights.whole() as sampled:  # the model, or a copy of it
+        attend_fast(sampled)
+        engine = TorchEngine(sampled, tokenizer)
+    run = Run(start, config, accelerator, weights, tokenizer, optimizer, scheduler)
     run.log.console.say(f"cold start of {config.model} on {config.data}: {told}")
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory.get("budget"), run.stop)
@@ -187,7 +192,8 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
 
     def evaluate() -> None:
         asked = (accelerator, engine, tokenizer, held_out, greedy)
-        groups = hold_shared_exam(*asked, check=run.stop.check)
+        with run.weights.whole(compute_dtype()):
+            groups = hold_shared_exam(*asked, check=run.stop.check)
         run.evaluated("validation", summarise(groups), canary_rows(held_out, groups))
 
     yield Work(run, step, evaluate, evaluates_first=False)
@@ -229,9 +235,8 @@ def update(
         losses.append(loss.detach())
 
     policy.train()
-    with accelerator.no_sync(policy):
+    with averaged_gradients(accelerator, policy):
         micro_batches.run(lengths, range(len(share)), learn, restart)
-    reduce_gradients(accelerator, policy)
     loss = float(accelerator.reduce(torch.stack(losses).sum()))
     grad_norm, cause = take_step(accelerator, policy, optimizer, scheduler, loss, max_grad_norm)
     metrics = {"train/bad_updates": int(cause is not None)}

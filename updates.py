@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batches import MicroBatches, reduce_gradients
+from batches import MicroBatches, averaged_gradients
 from losses import kl_penalty, loss_weights, policy_loss, value_loss
 from optimizers import take_step
 from rollouts import RolloutBatch
@@ -107,11 +107,8 @@ def update(
 
     policy.train()
     restart()
-    # Processes meet once, when all have come through: one that runs out of memory would leave the others
-    # waiting for it.
-    with accelerator.no_sync(policy):
+    with averaged_gradients(accelerator, policy):
         micro_batches.run(batch.lengths, learning, learn, restart)
-    reduce_gradients(accelerator, policy)
     if critic_only:
         for parameter in accelerator.unwrap_model(policy).model.parameters():
             parameter.grad = None

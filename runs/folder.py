@@ -39,6 +39,7 @@ from runs.records import read_rows
 from runs.report import write_report
 from runs.signals import StopRequest
 from runs.watchdog import RUNAWAY, WINDOW, Watchdog
+from sharding import Weights, load_whole_state, whole_state
 
 # Fields that may differ between a run and its continuation: they change how long or how loudly, not what is
 # learned.
@@ -221,7 +222,7 @@ class Run:
         start: Start,
         config: Any,
         accelerator: Accelerator,
-        model: Any,
+        weights: Weights,
         tokenizer: Any,
         optimizer: Any,
         scheduler: Any,
@@ -233,13 +234,14 @@ class Run:
                 here.
             config: the resolved configuration.
             accelerator: its trackers are started here.
-            model: the Hugging Face model inside the policy.
+            weights: of the policy.
             tokenizer: saved beside the weights.
             optimizer: as prepared.
             scheduler: of the learning rate.
         """
         self.folder, self.config, self.accelerator = start.folder, config, accelerator
-        self.model, self.tokenizer, self.optimizer, self.scheduler = model, tokenizer, optimizer, scheduler
+        self.weights, self.tokenizer = weights, tokenizer
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.step, self.drawn, self.best_accuracy, self.evaluated_step = 0, 0, -1.0, None
         self.not_better, self.enough = 0, None
         self.memory: dict[str, Any] = {}
@@ -251,7 +253,7 @@ class Run:
             if state is not None:
                 _refuse_other_optimizer(state["optimizer"], optimizer.state_dict(), start.checkpoint)
             if accelerator.is_main_process:
-                write_run(start, config, model)
+                write_run(start, config, weights.policy.model)
         accelerator.wait_for_everyone()
         self.rollbacks = len(list(self.folder.glob("incidents/rollback-*.json")))
         rates = [rate / 2**self.rollbacks for rate in scheduler.base_lrs]
@@ -346,19 +348,19 @@ class Run:
             "enough": self.enough,
             "memory": self.memory,
             "threads": torch.get_num_threads(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole_state(self.optimizer, self.accelerator.is_main_process),
             "scheduler": self.scheduler.state_dict(),
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         folder = self.folder / "checkpoints" / f"step-{self.step:06d}"
 
-        def save() -> None:
+        def write(save: Callable[[Path], None]) -> None:
             self.log.flush()
             state["lines"] = line_offsets(self.folder)
-            save_checkpoint(folder, self._save_model, state, self.config.keep_checkpoints)
+            save_checkpoint(folder, save, state, self.config.keep_checkpoints)
 
-        if error := self._write(save):
+        if error := self._write(write):
             last = latest_checkpoint(self.folder) or "none"
             self.log.console.warn(
                 f"step {self.step}: the checkpoint could not be written ({error}); the last good one is "
@@ -391,7 +393,7 @@ class Run:
         self.enough = self._why_enough(accuracy)
         if accuracy > self.best_accuracy:
             # Not before it is there: where the disk is full, the next evaluation as good may try again.
-            if error := self._write(lambda: write_folder(self.folder / "best", self._save_model)):
+            if error := self._write(lambda save: write_folder(self.folder / "best", save)):
                 self.log.console.warn(
                     f"step {self.step}: best/ could not be written ({error}), and stays as it was"
                 )
@@ -416,7 +418,7 @@ class Run:
             usable = f" A model to use: {saved}" if saved.is_dir() else ""
             told = f"stopped after {self.step} steps; the same command goes on.{usable}"
         else:
-            if error := self._write(lambda: write_folder(self.folder / "final", self._save_model)):
+            if error := self._write(lambda save: write_folder(self.folder / "final", save)):
                 raise RunStopped(
                     f"the final model could not be written ({error}); free some space, and the same command "
                     f"goes on from {latest_checkpoint(self.folder)}"
@@ -432,18 +434,18 @@ class Run:
         self.log.close()
         return stop.exit_code if stop.agreed else 0
 
-    def _write(self, write: Callable[[], None]) -> str | None:
-        """Let the main process write. Returns, on every process, what the disk said against it."""
+    def _write(self, write: Callable[[Callable[[Path], None]], None]) -> str | None:
+        """Let the main process write; it is given what saves the whole model into a folder. Returns, on every
+        process, what the disk said against it.
+        """
         error = None
-        if self.accelerator.is_main_process:
-            try:
-                write()
-            except OSError as problem:
-                error = str(problem)
+        with self.weights.whole() as model:
+            if self.accelerator.is_main_process:
+                try:
+                    write(lambda folder: save_model(folder, model, self.tokenizer))
+                except OSError as problem:
+                    error = str(problem)
         return gather_object([error])[0]
-
-    def _save_model(self, folder: Path) -> None:
-        save_model(folder, self.model, self.tokenizer)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.drawn, self.best_accuracy = state["step"], state["drawn"], state["best_accuracy"]
@@ -451,7 +453,7 @@ class Run:
         self.enough = state["enough"]
         self.memory = state["memory"]
         torch.set_num_threads(state["threads"])  # sums of floats depend on it in their last bits
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -61,7 +61,7 @@ def test_a_plan_fills_its_budget():
 # ------------------------------------------------------------------------------------------------------------
 # Parts that memory holds
 
-CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=1, is_fsdp2=False)
 
 
 @pytest.fixture(autouse=True)

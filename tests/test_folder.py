@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from runs.checkpoint import MANIFEST, list_checkpoints, save_checkpoint, write_f
 from runs.config import UserError
 from runs.folder import Run, Start, environment, open_run, write_run
 from runs.lines import LINES
+from sharding import Weights
 
 
 @dataclass(frozen=True)
@@ -211,14 +213,16 @@ def make_run(monkeypatch):
         model = torch.nn.Linear(1, 1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-        return Run(open_run(config), config, Accelerator(), model, None, optimizer, scheduler)
+        accelerator = Accelerator()
+        weights = Weights(accelerator, SimpleNamespace(model=model))
+        return Run(open_run(config), config, accelerator, weights, None, optimizer, scheduler)
 
     return make
 
 
 def train(run, steps):
     for _ in range(steps):
-        run.model(torch.rand(1, 1)).sum().backward()
+        run.weights.policy.model(torch.rand(1, 1)).sum().backward()
         run.optimizer.step()
         run.scheduler.step()
         run.step += 1

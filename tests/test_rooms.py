@@ -19,11 +19,12 @@ ROOMS = {
     "llama": [],
     "memory": [],
     "mixes": [],
-    "batches": ["memory", "runs.config", "runs.signals"],
+    "sharding": ["llama", "memory", "runs.config"],
+    "batches": ["memory", "runs.config", "runs.signals", "sharding"],
     "optimizers": [],
     "tiny": ["prompts"],
     "tokenizer": ["prompts", "tiny"],
-    "models": ["llama", "losses", "tiny", "tokenizer"],
+    "models": ["llama", "losses", "sharding", "tiny", "tokenizer"],
     "figures": [],
     "answers": ["data", "exam", "runs.lines", "runs.records"],
     "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
@@ -31,7 +32,7 @@ ROOMS = {
     "rollouts": ["batches", "data", "inference", "prompts", "rewards.*"],
     "credit": ["losses", "rewards.*", "rollouts"],
     "updates": ["batches", "losses", "optimizers", "rollouts"],
-    "runs": ["models", "runs.*"],
+    "runs": ["models", "runs.*", "sharding"],
     "runs.config": [],
     "runs.console": [],
     "runs.training": [
@@ -64,12 +65,12 @@ ROOMS = {
     ],
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
-        *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "prompts"],
+        *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "prompts", "sharding"],
         *["inference.*", "runs.*", "tiny"],
     ],
     "train_grpo": [
         *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "prompts"],
-        *["rollouts", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
+        *["rollouts", "sharding", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
     "evaluate": [
@@ -103,6 +104,7 @@ GUARDED = {
             "optimizers",
             "rollouts",
             "runs.*",
+            "sharding",
             "tiny",
             "train_grpo",
         ],
@@ -122,6 +124,7 @@ GUARDED = {
         "models",
         "optimizers",
         "runs.*",
+        "sharding",
         "train_grpo",
         "train_sft",
         "updates",

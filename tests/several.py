@@ -1,0 +1,119 @@
+"""What several processes do together, launched by test_sharding: one update, and the runs that are named.
+
+The update is taken in float64, so that nothing but a mistake can tell it from one process'.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from quick import quick_grpo, quick_sft
+
+from batches import MicroBatches
+from credit import credit
+from data import Problem
+from inference import SamplingParams
+from inference.engine import TorchEngine
+from models import Policy, make_accelerator
+from rewards import Scores
+from rollouts import Group, collate
+from sharding import Weights, prepare
+from tiny import build_tiny
+from train_grpo import GRPOConfig
+from train_grpo import main as train_grpo
+from train_sft import main as train_sft
+from updates import update
+
+SIZE, PROMPTS = 4, [[7, 40, 50, 60], [8, 9, 41], [100] * 9, [30, 31, 32, 33, 34]]
+LORA = {"lora_rank": 4, "gradient_checkpointing": True, "learning_rate": 1e-2, "kl_coef": 0.1}
+
+
+def one_update(accelerator):
+    """Completions of four prompts by all processes, and the gradient of one update on them."""
+    model, tokenizer = build_tiny(0)
+    model.double().generation_config.eos_token_id = list(range(40))  # some end early, and so some processes
+    policy = Policy(model)
+    weights = Weights(accelerator, policy)
+    # A step of plain descent at rate 1 is the gradient.
+    policy, optimizer = prepare(accelerator, policy, torch.optim.SGD(policy.parameters(), lr=1.0))
+    with weights.whole() as model:
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        engine = TorchEngine(model, tokenizer)
+    config = GRPOConfig(kl_coef=0.0, max_grad_norm=1e9, group_size=SIZE, max_completion_tokens=24)
+
+    share = len(PROMPTS) // accelerator.num_processes
+    first = accelerator.process_index * share
+    prompts = PROMPTS[first : first + share]
+    with weights.whole():
+        groups = engine.generate(prompts, SIZE, SamplingParams(24), (0, 0), first)
+    nothing = [None] * SIZE
+    batch = collate(
+        [
+            Group(first + i, Problem("", None), prompt, group, nothing, Scores(rewards, {}, *[nothing] * 3))
+            for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
+            for rewards in [[float(sum(completion.token_ids) % 7) for completion in group]]
+        ],
+        pad_token_id=0,
+        drop_truncated=False,
+    )
+    batch.tensors["old_logprobs"] = batch.tensors["sampling_logprobs"]
+    credit(batch, config, accelerator, kl_coef=0.0)
+    micro_batches = MicroBatches(accelerator, 100)
+    scheduler = SimpleNamespace(step=lambda: None)
+    told = update(
+        policy, optimizer, scheduler, micro_batches, batch, list(range(len(batch.lengths))), config, 0.0
+    )
+    with weights.whole() as model:
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return {
+        "gradient": before - after,
+        "norm": told["grad_norm"],
+        "loss": sum(gather_object([told["loss"]])),
+        "completions": gather_object([c.token_ids for group in groups for c in group]),
+        "lengths": gather_object([sum(completion for _, completion in batch.lengths)]),
+        "held": sum(getattr(p, "_local_tensor", p).numel() for p in policy.parameters()),
+    }
+
+
+def go_on(folder, to):
+    """Take the GRPO run of a folder up from its middle, as if it had been killed there."""
+    for part in ("config.yaml", "checkpoints/step-000002", "metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
+        copy = shutil.copytree if (folder / part).is_dir() else shutil.copy
+        (to / part).parent.mkdir(parents=True, exist_ok=True)
+        copy(folder / part, to / part)
+
+
+def cold_start(folder):
+    # A single question to answer: the second process has none.
+    return quick_sft(folder / "sft", optimizer="adamw", total_steps=3, eval_limit=1)
+
+
+def grpo(output):
+    return quick_grpo(output, kl_coef=0.1, ref_sync_steps=2)
+
+
+def main(folder, words):
+    accelerator = make_accelerator()
+    told = one_update(accelerator)
+    if accelerator.is_main_process:
+        torch.save(told, folder / "update.pt")
+    accelerator.free_memory()
+    if "runs" in words:
+        assert train_sft(cold_start(folder), accelerator) == 0
+        Accelerator.end_training = lambda self: None  # several runs follow
+        assert train_grpo(grpo(folder / "grpo")) == 0
+    if "killed" in words:
+        if accelerator.is_main_process:
+            go_on(folder / "grpo", folder / "resumed")
+        accelerator.wait_for_everyone()
+        assert train_grpo(grpo(folder / "resumed")) == 0
+    if "lora" in words:
+        assert train_grpo(quick_grpo(folder / "lora", model=str(folder / "grpo" / "final"), **LORA)) == 0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
