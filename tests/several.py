@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from quick import quick_grpo, quick_sft
 
+import models
+import train_grpo
 from batches import MicroBatches
 from credit import credit
 from data import Problem
@@ -24,7 +26,6 @@ from rollouts import Group, collate
 from sharding import Weights, prepare
 from tiny import build_tiny
 from train_grpo import GRPOConfig
-from train_grpo import main as train_grpo
 from train_sft import main as train_sft
 from updates import update
 
@@ -97,6 +98,9 @@ def grpo(output):
 
 
 def main(folder, words):
+    if "half" in words:  # as on a GPU
+        for module in (models, train_grpo):
+            module.compute_dtype = lambda: torch.bfloat16
     accelerator = make_accelerator()
     told = one_update(accelerator)
     if accelerator.is_main_process:
@@ -105,14 +109,19 @@ def main(folder, words):
     if "runs" in words:
         assert train_sft(cold_start(folder), accelerator) == 0
         Accelerator.end_training = lambda self: None  # several runs follow
-        assert train_grpo(grpo(folder / "grpo")) == 0
+        assert train_grpo.main(grpo(folder / "grpo")) == 0
     if "killed" in words:
         if accelerator.is_main_process:
             go_on(folder / "grpo", folder / "resumed")
         accelerator.wait_for_everyone()
-        assert train_grpo(grpo(folder / "resumed")) == 0
+        assert train_grpo.main(grpo(folder / "resumed")) == 0
     if "lora" in words:
-        assert train_grpo(quick_grpo(folder / "lora", model=str(folder / "grpo" / "final"), **LORA)) == 0
+        lora = quick_grpo(folder / "lora", model=str(folder / "grpo" / "final"), **LORA)
+        assert train_grpo.main(lora) == 0
+    if "half" in words:
+        # Two updates: the first pass of the policy is without gradients.
+        twice = quick_grpo(folder / "half", updates_per_rollout=2, kl_coef=0.1)
+        assert train_grpo.main(twice) == 0
 
 
 if __name__ == "__main__":

@@ -236,6 +236,21 @@ def test_two_processes_with_half_the_model_each_take_the_same_gradient_as_one(al
 
 
 @pytest.mark.slow
+def test_gathered_in_half_precision_the_gradient_is_as_good_and_the_weights_stay_whole(alone, tmp_path):
+    together = launch(tmp_path, "fsdp2.yaml", "half")
+    assert together["completions"] == alone["completions"]
+    difference = (together["gradient"] - alone["gradient"]).norm() / alone["gradient"].norm()
+    assert 1e-6 < difference <= 0.02
+    saved = weights(tmp_path / "half" / "final")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    matrix = saved["model.layers.0.mlp.up_proj.weight"]
+    assert (matrix != matrix.bfloat16()).float().mean() > 0.9  # saved as trained, not as gathered
+    for step in lines(tmp_path / "half" / "metrics.jsonl"):
+        assert 0 < step["rollout/sampler_mismatch_kl"] < 0.05
+        assert step["train/bad_updates"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["sft", "grpo"])
 def test_sharded_weights_move_as_whole_ones(sharded_runs, single_runs, run):
     ours, theirs = (weights(folder / run / "final") for folder in (sharded_runs, single_runs))
