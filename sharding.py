@@ -59,7 +59,9 @@ def read_plan(compute_dtype: torch.dtype) -> FullyShardedDataParallelPlugin | No
         if _is_on(name):
             raise ValueError(f"{name.lower()} must be false: {instead}")
     if compute_dtype == torch.float16:
-        raise ValueError(f"sharding needs GPUs with bfloat16; give --lora_rank 16, {REPLICATE}")
+        raise ValueError(
+            "sharding needs GPUs with bfloat16; replicate (configs/accelerate/ddp.yaml) with --lora_rank 16"
+        )
     # Accelerate's own choice rounds log-probabilities and sums of gradients to half precision.
     halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = halved if compute_dtype == torch.bfloat16 else MixedPrecisionPolicy()
@@ -95,7 +97,7 @@ def refuse_unshardable(accelerator: Accelerator, config: Any) -> None:
     if config.quantize != "none":
         raise ValueError(f"quantize {config.quantize} cannot be sharded; leave it out, {REPLICATE}")
     if getattr(config, "baseline", None) == "critic":
-        raise ValueError(f"a critic cannot be sharded; give --baseline group, {REPLICATE}")
+        raise ValueError(f"a critic cannot be sharded; give --algo grpo, {REPLICATE}")
 
 
 # ------------------------------------------------------------------------------------------------------------
