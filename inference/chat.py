@@ -25,6 +25,7 @@ from data import Problem, read_problems
 from inference import Completion, Engine, SamplingParams
 from inference.formats import reads_with_mlx
 from inference.reading import CompletionReader, Reading
+from inference.search import Query, budget_stream
 from inference.server_engine import ServerEngine
 from runs.config import UserError, at_the_door, parse_config, require, run_script
 
@@ -77,10 +78,17 @@ class TooLongError(UserError):
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and what became of it; `reading` is None before the first token."""
+    """A question and what became of it; `reading` is None before the first token.
+
+    Attributes:
+        question: as asked.
+        reading: of its answer.
+        votes: where several answers voted, all of them.
+    """
 
     question: str
     reading: Reading | None = None
+    votes: tuple[Reading, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ class ChatModel:
         params: SamplingParams,
         seed: Sequence[int],
         step: AbstractContextManager = nullcontext(),  # noqa: B008 - stateless, so one for all calls is fine
+        thinking_tokens: int | None = None,
     ) -> Iterator[Reading]:
         """Answer the last of `turns`, a reading at a time; closing the iterator stops the computation.
 
@@ -126,6 +135,7 @@ class ChatModel:
             params: `max_completion_tokens` is lowered to what the context has room for.
             seed: same seed, same answer.
             step: entered around the computation of every token, so that several streams can share one engine.
+            thinking_tokens: a thought of so many is closed; None for any number.
 
         Raises:
             TooLongError: the conversation does not fit into the model's context.
@@ -133,12 +143,18 @@ class ChatModel:
         """
         if not self.computes_here:
             step = nullcontext()
-        prompt = prompts.render_prompt(self.tokenizer, self.messages(turns))
+        messages = self.messages(turns)
+        prompt = prompts.render_prompt(self.tokenizer, messages)
         prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
         params = self.fitted(params, len(prompt_ids))
         reader = CompletionReader(self.tokenizer, prompts.completion_prefix(prompt))
         shown_at = -1.0
-        with closing(self.engine.stream(prompt_ids, params, seed)) as tokens:
+        if thinking_tokens is None:
+            stream = self.engine.stream(prompt_ids, params, seed)
+        else:
+            query = Query(self.engine, self.tokenizer, messages, params, seed)
+            stream = budget_stream(query, thinking_tokens)
+        with closing(stream) as tokens:
             while True:
                 with step:
                     token = next(tokens)
@@ -239,8 +255,8 @@ def _load_with_mlx(name: str, tokenizer: Any) -> ChatModel:
 # The terminal
 
 HELP = (
-    "/retry answers again, /system TEXT changes the system prompt, /clear starts over, /quit leaves; "
-    "Ctrl-C stops an answer"
+    "/retry answers again, /budget N closes thoughts of N tokens (alone: of none), /system TEXT changes the "
+    "system prompt, /clear starts over, /quit leaves; Ctrl-C stops an answer"
 )
 
 
@@ -267,6 +283,8 @@ class ChatConfig:
     """longest completion, thought included"""
     seed: int = 0
     """same seed, same answers"""
+    budget: int | None = None
+    """thoughts of so many tokens are closed, and the answer has to follow; if not given, of none"""
     question: str | None = None
     """answer this and exit"""
     demo: bool = False
@@ -279,6 +297,10 @@ class ChatConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be done, naming the field."""
         require(self, "seed", at_least=0)
+        if self.budget is not None:
+            require(self, "budget", at_least=0)
+            if self.input:
+                raise ValueError("budget is for a conversation, a question or the demo, got input as well")
         SamplingParams(self.max_completion_tokens, self.temperature, top_p=self.top_p)
         given = [name for name in ("question", "demo", "input") if getattr(self, name)]
         if len(given) > 1:
@@ -334,13 +356,18 @@ class Transcript:
 
 
 def answer_turn(
-    model: ChatModel, turns: Sequence[Turn], params: SamplingParams, seed: Sequence[int], out: TextIO
+    model: ChatModel,
+    turns: Sequence[Turn],
+    params: SamplingParams,
+    seed: Sequence[int],
+    out: TextIO,
+    thinking_tokens: int | None = None,
 ) -> Turn:
     """Answer the last of `turns` on `out`, and return it with its reading; Ctrl-C ends the answer early."""
     transcript = Transcript(out)
     reading, note = None, "stopped"
     try:
-        with closing(model.stream(turns, params, seed)) as readings:
+        with closing(model.stream(turns, params, seed, thinking_tokens=thinking_tokens)) as readings:
             for reading in readings:
                 transcript.show(reading)
         note = describe(reading)
@@ -364,13 +391,16 @@ def converse(model: ChatModel, config: ChatConfig, params: SamplingParams, out: 
             import readline  # noqa: F401 - its import gives `input` a history and editing keys
         print(f"{model.name}: {HELP}\n", file=out)
     turns: list[Turn] = []
-    attempt = 0
+    attempt, thinking_tokens = 0, config.budget
     while (line := read_line(out)) not in (None, "/quit"):
         if line == "/clear":
             turns = []
             continue
         if line.split(maxsplit=1)[:1] == ["/system"]:
             print(change_system_prompt(model, line.removeprefix("/system").strip()), file=out)
+            continue
+        if line.split(maxsplit=1)[:1] == ["/budget"]:
+            thinking_tokens = read_budget(line.removeprefix("/budget").strip(), thinking_tokens, out)
             continue
         if line == "/retry" and turns:
             attempt += 1
@@ -383,10 +413,22 @@ def converse(model: ChatModel, config: ChatConfig, params: SamplingParams, out: 
             print(HELP, file=out)
             continue
         try:
-            turns[-1] = answer_turn(model, turns, params, (config.seed, attempt), out)
+            seed = (config.seed, attempt)
+            turns[-1] = answer_turn(model, turns, params, seed, out, thinking_tokens)
         except (TooLongError, ConnectionError) as error:
             print(f"\n{error}", file=out)
             turns.pop()
+
+
+def read_budget(text: str, before: int | None, out: TextIO) -> int | None:
+    """The budget of thoughts that a person typed; tells what it is from now on."""
+    if text and not text.isdecimal():
+        print(f"/budget takes a number of tokens, got {text!r}.", file=out)
+        return before
+    print(
+        f"Thoughts are closed after {text} tokens." if text else "Thoughts take as long as they do.", file=out
+    )
+    return int(text) if text else None
 
 
 def change_system_prompt(model: ChatModel, text: str) -> str:
@@ -508,11 +550,11 @@ def main(config: ChatConfig) -> None:
     elif config.demo:
         for question in examples(model):
             print(f"> {question}")
-            answer_turn(model, [Turn(question)], params, (config.seed, 0), sys.stdout)
+            answer_turn(model, [Turn(question)], params, (config.seed, 0), sys.stdout, config.budget)
     elif config.question is None:
         converse(model, config, params, sys.stdout)
     else:
-        answer_turn(model, [Turn(config.question)], params, (config.seed, 0), sys.stdout)
+        answer_turn(model, [Turn(config.question)], params, (config.seed, 0), sys.stdout, config.budget)
 
 
 if __name__ == "__main__":

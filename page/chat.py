@@ -1,7 +1,7 @@
 """The chat of the page: what one visitor asks and reads."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +13,12 @@ from inference import SamplingParams
 from inference.chat import ChatModel, InTurn, TooLongError, Turn, describe, examples
 from inference.markdown import INVISIBLE, as_markdown, as_typed
 from inference.reading import CompletionReader, Reading
+from inference.search import group_answers
 from page import feedback
 from page.checking import check
 from page.settings import chatbot
 from page.shelf import Shelf
+from rewards.verify import final_answer, same_answers
 
 # Each of these answers streams at its share of the model's speed; whoever comes later waits in the queue.
 ANSWERS_AT_ONCE = 4
@@ -34,6 +36,8 @@ def chat_messages(turns: list[Turn]) -> list[tuple[int, gr.ChatMessage]]:
         messages.append((number, _message("user", as_typed(turn.question))))
         if turn.reading:
             messages += [(number, message) for message in _completion_messages(turn.reading)]
+        if turn.votes:
+            messages.append((number, _vote_message(turn.votes)))
     return messages
 
 
@@ -54,6 +58,37 @@ def _completion_messages(reading: Reading) -> Iterator[gr.ChatMessage]:
         yield _message("assistant", as_markdown(answer))
     elif is_over:
         yield _message("assistant", f"*{_no_answer(reading)}*")
+
+
+def _vote_message(votes: Sequence[Reading]) -> gr.ChatMessage:
+    """The count of the votes, and the chains that led elsewhere, one click away."""
+    groups = sorted(_ballots(votes), key=len, reverse=True)
+    count = " · ".join(f"{as_typed(_short(votes[group[0]].answer))} × {len(group)}" for group in groups)
+    silent = len(votes) - sum(map(len, groups))
+    count += f" · no answer × {silent}" if silent else ""
+    others = [votes[group[0]] for group in groups[1:]]
+    chains = "\n\n---\n\n".join(
+        f"{as_markdown((other.thought or '').strip())}\n\n{as_markdown(other.answer.strip())}"
+        for other in others
+    )
+    return _message("assistant", chains or "All agree.", {"title": f"Votes: {count}", "status": "done"})
+
+
+def _ballots(votes: Sequence[Reading]) -> list[list[int]]:
+    answers = [final_answer(vote.text) if vote.answer.strip() else None for vote in votes]
+    return group_answers(answers, same_answers)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 40 else line[:40] + "…"
+
+
+def elected(question: str, votes: Sequence[Reading]) -> Turn:
+    """The turn with the answer that most votes give, the first of equals; where none answers, the first."""
+    groups = _ballots(votes)
+    winner = max(groups, key=len)[0] if groups else 0
+    return Turn(question, votes[winner], tuple(votes))
 
 
 def _no_answer(reading: Reading) -> str:
@@ -210,14 +245,26 @@ class ChatPage:
         top_p: float,
         max_completion_tokens: int,
         seed: int,
+        budget: int = 0,
+        votes: int = 1,
     ):
-        """The last question is answered, a reading at a time."""
+        """The last question is answered, a reading at a time; answers that vote, one after another."""
         params = SamplingParams(int(max_completion_tokens), temperature, top_p=top_p)
-        turns = conversation.turns
+        turns, key = conversation.turns, (int(seed or 0), conversation.attempt)
+        cast: list[Reading] = []
         try:
+            if votes > 1 and temperature == 0:
+                raise refusal("At temperature 0 all votes would be the same; the settings can raise it.")
             model = self.shelf.get(name)
-            for reading in self._readings(model, turns, params, (int(seed or 0), conversation.attempt)):
-                turns[-1] = replace(turns[-1], reading=reading)
+            for vote in range(int(votes)):
+                asked = (params, (*key, vote) if vote else key, int(budget or 0) or None)
+                for reading in self._readings(model, turns, *asked):
+                    turns[-1] = replace(turns[-1], reading=reading)
+                    which = f"vote {vote + 1} of {votes:.0f} · " if votes > 1 else ""
+                    yield self._messages(conversation), which + told(turns[-1])
+                cast.append(reading)
+            if votes > 1:
+                turns[-1] = elected(turns[-1].question, cast)
                 yield self._messages(conversation), told(turns[-1])
         except gr.Error:
             turns.pop()
@@ -257,11 +304,16 @@ class ChatPage:
             }
 
     def _readings(
-        self, model: ChatModel, turns: list[Turn], params: SamplingParams, seed: tuple
+        self,
+        model: ChatModel,
+        turns: list[Turn],
+        params: SamplingParams,
+        seed: tuple,
+        thinking_tokens: int | None = None,
     ) -> Iterator[Reading]:
         """The answer as it grows. Closing this closes the engine's stream: no other token is computed."""
         try:
-            with closing(model.stream(turns, params, seed, self.engine_turn)) as readings:
+            with closing(model.stream(turns, params, seed, self.engine_turn, thinking_tokens)) as readings:
                 yield from readings
         except (TooLongError, ConnectionError) as error:
             raise refusal(str(error)) from error

@@ -29,6 +29,7 @@ class ComparePage:
         top_p: float,
         max_completion_tokens: int,
         seed: int,
+        budget: int,
     ) -> Iterator[tuple]:
         """Both answers as they grow, in turn."""
         conversation = Conversation()
@@ -38,7 +39,7 @@ class ComparePage:
         models = [self.shelf.get(name) for name in (left, right)]
         try:
             with ExitStack() as streams:
-                asked = (params, (int(seed or 0), 0), self.engine_turn)
+                asked = (params, (int(seed or 0), 0), self.engine_turn, int(budget or 0) or None)
                 growing: dict[int, Iterator[Reading]] = {
                     side: streams.enter_context(closing(model.stream([turns[side]], *asked)))
                     for side, model in enumerate(models)
@@ -78,7 +79,7 @@ class ComparePage:
         shown = [*chatbots, *statuses]
         answering = question.submit(
             self.answer,
-            [question, *chosen, *settings],
+            [question, *chosen, *settings[:-1]],  # one answer each, no vote
             shown,
             api_visibility="private",
             show_progress="minimal",

@@ -18,7 +18,9 @@ def chatbot(**more: Any) -> gr.Chatbot:
 
 
 def sidebar(config: Any) -> list[gr.components.Component]:
-    """Temperature, top-p, the longest answer and the seed, where `config` has them begin."""
+    """Temperature, top-p, the longest answer, the seed, the longest thought and the number of votes, where
+    `config` has them begin.
+    """
     with gr.Sidebar(open=False, position="right", elem_id="settings"):
         gr.Markdown("### Settings")
         return [
@@ -35,4 +37,21 @@ def sidebar(config: Any) -> list[gr.components.Component]:
                 info="in tokens, the thought included",
             ),
             gr.Number(config.seed, label="Seed", info="same seed, same answer", precision=0, minimum=0),
+            gr.Number(
+                0,
+                label="Longest thought",
+                info="in tokens; it is closed there, and the answer has to follow. 0 for any",
+                precision=0,
+                minimum=0,
+                elem_id="budget",
+            ),
+            gr.Slider(
+                1,
+                16,
+                1,
+                step=1,
+                label="Votes",
+                info="so many answers, and the one most of them give; needs a temperature",
+                elem_id="votes",
+            ),
         ]

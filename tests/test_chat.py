@@ -549,3 +549,20 @@ def test_a_missing_model_is_one_message_and_exit_code_2(monkeypatch, capsys):
 def test_the_chat_imports_without_torch():
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import inference.chat"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_budget_closes_thoughts_until_it_is_taken_back(monkeypatch):
+    def reply(prompt):
+        return (
+            "<answer>7</answer>"
+            if prompt.endswith("</think>")
+            else "<think>" + "on and on " * 9 + "</think>8"
+        )
+
+    lines = ["/budget 12", "first", "/budget many", "second", "/budget", "third"]
+    shown = chat(scripted_model(reply), lines, monkeypatch)
+    assert "Thoughts are closed after 12 tokens." in shown
+    assert "/budget takes a number of tokens, got 'many'." in shown
+    assert shown.count("on and on on\n\n7") == 2  # twelve bytes of thought
+    assert "on and on " * 8 in shown
+    assert "Thoughts take as long as they do." in shown

@@ -10,10 +10,12 @@ gr = pytest.importorskip("gradio", reason="the page needs gradio")
 from scripted import scripted_model  # noqa: E402
 from written import jsonl, rollout, write_run  # noqa: E402
 
-from data import load_problems  # noqa: E402 - after the check for gradio
+from app import AppConfig  # noqa: E402 - after the check for gradio
+from data import load_problems  # noqa: E402
 from inference import SamplingParams  # noqa: E402
 from inference.chat import InTurn, Turn  # noqa: E402
 from page import feedback  # noqa: E402
+from page.chat import ChatPage, Conversation  # noqa: E402
 from page.checking import arithmetic, check  # noqa: E402
 from page.compare import ComparePage  # noqa: E402
 from page.runs import RunsPage  # noqa: E402
@@ -90,13 +92,13 @@ def test_an_answer_to_arithmetic_is_checked(question, answer, is_right):
 def test_two_models_answer_one_question_side_by_side():
     models = {"a": scripted_model("<think>t</think><answer>3</answer>"), "b": scripted_model("4")}
     page = ComparePage(Shelf(list(models), models.get), InTurn())
-    *_, (left, right, *told) = page.answer("1 + 2 = ?", "b", "a", 0.0, 1.0, 100, 0)
+    *_, (left, right, *told) = page.answer("1 + 2 = ?", "b", "a", 0.0, 1.0, 100, 0, 0)
     assert [message.content[0]["text"] for message in left] == ["1 + 2 = ?", "4"]
     assert [message.content[0]["text"] for message in right] == ["1 + 2 = ?", "t", "3"]
     assert told[0].endswith("checked: wrong")
     assert told[1].endswith("checked: right")
     with pytest.raises(gr.Error, match="Type a question"):
-        next(page.answer(" ", "b", "a", 0.0, 1.0, 100, 0))
+        next(page.answer(" ", "b", "a", 0.0, 1.0, 100, 0, 0))
 
 
 @pytest.fixture
@@ -163,3 +165,37 @@ def test_a_rollout_is_shown_whole_and_canaries_step_by_step(runs):
         ("a?", 0),
         ("a?", 5),
     ]
+
+
+def test_the_answer_that_most_votes_give_wins_and_the_others_are_one_click_away():
+    replies = iter(
+        f"<think>chain {n}</think><answer>{a}</answer>"
+        for n, a in enumerate(["4", "1/2", "4.0", "0.5", "0.50"])
+    )
+    model = scripted_model(lambda prompt: next(replies))
+    page = ChatPage(Shelf(["m"], {"m": model}.get), AppConfig(model="m"), InTurn())
+    conversation = Conversation()
+    conversation.ask("half?")
+    *_, (messages, status) = page.answer(conversation, "m", 1.0, 1.0, 100, 0, 0, 5)
+    assert conversation.turns[-1].reading.answer == "1/2"
+    texts = [message.content[0]["text"] for message in messages]
+    assert texts[:3] == ["half?", "chain 1", "1/2"]
+    assert messages[-1].metadata["title"] == "Votes: 1/2 × 3 · 4 × 2"
+    assert "chain 0" in texts[-1]
+    assert "vote" not in status
+    conversation.ask("again?")
+    with pytest.raises(gr.Error, match="temperature 0"):
+        next(page.answer(conversation, "m", 0.0, 1.0, 100, 0, 0, 5))
+
+
+def test_a_thought_is_closed_where_the_visitor_says():
+    def reply(prompt):
+        return "<answer>7</answer>" if prompt.endswith("</think>") else "<think>" + "on and on " * 50
+
+    page = ChatPage(Shelf(["m"], {"m": scripted_model(reply)}.get), AppConfig(model="m"), InTurn())
+    conversation = Conversation()
+    conversation.ask("think")
+    *_, (messages, _) = page.answer(conversation, "m", 0.0, 1.0, 500, 0, 20)
+    reading = conversation.turns[-1].reading
+    assert reading.thought == ("on and on " * 50)[:20]
+    assert reading.answer == "7"
