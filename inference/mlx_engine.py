@@ -5,7 +5,8 @@ protocol promises: who draws which random number, and when the computation stops
 """
 
 import atexit
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from functools import cache
@@ -22,7 +23,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from inference import Completion, FinishReason, SamplingParams, StreamedToken
+from inference import Completion, FinishReason, NextToken, SamplingParams, StreamedToken
 from inference.formats import require_whole
 
 Result = TypeVar("Result")
@@ -105,10 +106,51 @@ class MLXEngine:
         """Sample one completion token by token; nothing is asked for after the iterator is closed."""
         return _in_turn(self._tokens(prompt, params, (*seed, 0, 0)))
 
+    def branch(
+        self, prompt: Sequence[int], rows: int, limit: int
+    ) -> Generator[list[list[NextToken]], Sequence[tuple[int, int]], None]:
+        """Grow rows of one prompt as the caller says; see `inference.BranchingEngine.branch`."""
+        steps = self._branch(prompt, rows)
+        try:
+            likeliest = on_mlx_thread(next, steps).result()
+            while True:
+                chosen = yield likeliest
+                likeliest = on_mlx_thread(steps.send, chosen).result()
+        finally:
+            on_mlx_thread(steps.close)
+
+    def _branch(
+        self, prompt: Sequence[int], rows: int
+    ) -> Generator[list[list[NextToken]], Sequence[tuple[int, int]], None]:
+        cache = make_prompt_cache(self.model)
+        tokens = mx.array([prompt])
+        while True:
+            chosen = yield self._likeliest(self.model(tokens, cache=cache)[:, -1], rows)
+            parents, tokens = (mx.array(column) for column in zip(*chosen, strict=True))
+            tokens = tokens[:, None]
+            for layer in cache:
+                layer.keys, layer.values = layer.keys[parents], layer.values[parents]
+
+    def _likeliest(self, logits: mx.array, rows: int) -> list[list[NextToken]]:
+        logits = logits.astype(mx.float32)
+        count = min(rows + len(self.stop_token_ids), logits.shape[-1])
+        tokens = mx.argpartition(-logits, kth=count - 1, axis=-1)[:, :count]
+        # By logits: their log-probabilities may round to the same number.
+        order = mx.argsort(-mx.take_along_axis(logits, tokens, axis=-1), axis=-1)
+        tokens = mx.take_along_axis(tokens, order, axis=-1)
+        logprobs = mx.take_along_axis(log_softmax(logits), tokens, axis=-1)
+        stop = self.stop_token_ids
+        pairs = zip(tokens.tolist(), logprobs.tolist(), strict=True)
+        return [[NextToken(t, p, t in stop) for t, p in zip(*pair, strict=True)] for pair in pairs]
+
     def _tokens(
         self, prompt: Sequence[int], params: SamplingParams, key: tuple[int, ...]
     ) -> Iterator[StreamedToken]:
-        sampler = RowSampler(params, key)
+        yield from self._tokens_of(RowSampler(params, key), prompt, params)
+
+    def _tokens_of(
+        self, sampler: "RowSampler", prompt: Sequence[int], params: SamplingParams
+    ) -> Iterator[StreamedToken]:
         limit = params.max_completion_tokens
         cache = self._make_cache(len(prompt), limit)
         steps = generate_step(
@@ -117,6 +159,7 @@ class MLXEngine:
         with closing(steps):
             for count, (token, _) in enumerate(steps, start=1):
                 reason = self._finish_reason(token, count, limit)
+                mx.eval(sampler.noted(count - 1))
                 yield StreamedToken(token, sampler.logprobs[count - 1].item(), reason)
                 if reason:
                     return
@@ -152,10 +195,15 @@ class MLXEngine:
             yield from self._decode_together(together, [prompts[row // n] for row in together], params, keys)
         for row in alone:  # mlx-lm's batches know no sinks
             ids, logprobs = [], []
-            for token in self._tokens(prompts[row // n], params, keys[row]):
+            sampler = RowSampler(params, keys[row])
+            for token in self._tokens_of(sampler, prompts[row // n], params):
                 ids.append(token.token_id)
                 logprobs.append(token.logprob)
-                yield [(row, Completion(ids, logprobs, token.finish_reason))] if token.finish_reason else []
+                if token.finish_reason:
+                    certainty = sampler.certainty(len(ids))
+                    yield [(row, Completion(ids, logprobs, token.finish_reason, certainty))]
+                else:
+                    yield []
 
     def _decode_together(
         self,
@@ -173,7 +221,7 @@ class MLXEngine:
             while live:
                 responses = generator.next_generated()
                 # What is computed lets go of the logits that it came from.
-                mx.eval([live[r.uid][2].logprobs[len(live[r.uid][0])] for r in responses])
+                mx.eval([live[r.uid][2].noted(len(live[r.uid][0])) for r in responses])
                 finished = []
                 for response in responses:
                     ids, row, sampler = live[response.uid]
@@ -181,7 +229,9 @@ class MLXEngine:
                     if response.finish_reason:
                         del live[response.uid]
                         logprobs = [logprob.item() for logprob in sampler.logprobs[: len(ids)]]
-                        finished.append((row, Completion(ids, logprobs, response.finish_reason)))
+                        certainty = sampler.certainty(len(ids))
+                        completion = Completion(ids, logprobs, response.finish_reason, certainty)
+                        finished.append((row, completion))
                 yield finished
 
 
@@ -236,6 +286,7 @@ class RowSampler:
 
     Attributes:
         logprobs: `[1, 1]` of each token, under the distribution it was drawn from; not yet computed.
+        certainties: `[1]` of each token, where they are asked for.
     """
 
     def __init__(self, params: SamplingParams, key: Sequence[int]) -> None:
@@ -246,6 +297,7 @@ class RowSampler:
             key: of its random numbers, (*seed, prompt, sample).
         """
         self.logprobs: list[mx.array] = []
+        self.certainties: list[mx.array] = []
         self._params = params
         seed = np.random.SeedSequence(tuple(key)).generate_state(1, np.uint64)[0]
         # One more than a completion has: mlx-lm computes a token ahead.
@@ -253,6 +305,9 @@ class RowSampler:
 
     def __call__(self, logits: mx.array) -> mx.array:
         """The next token `[1]`, from logits `[1, V]`."""
+        if self._params.self_certainty:
+            uniform = -math.log(logits.shape[-1])
+            self.certainties.append(uniform - log_softmax(logits.astype(mx.float32)).mean(-1))
         logprobs = warp(logits, self._params)
         if self._params.temperature == 0:
             token = logprobs.argmax(-1)
@@ -260,6 +315,14 @@ class RowSampler:
             token = mx.random.categorical(logprobs, key=self._keys[len(self.logprobs)])
         self.logprobs.append(mx.take_along_axis(logprobs, token[:, None], axis=-1))
         return token
+
+    def noted(self, place: int) -> list[mx.array]:
+        """What is kept of a token."""
+        return [values[place] for values in (self.logprobs, self.certainties) if values]
+
+    def certainty(self, count: int) -> float | None:
+        """The self-certainty of the first tokens, None where it was not asked for."""
+        return sum(value.item() for value in self.certainties[:count]) / count if self.certainties else None
 
 
 def warp(logits: mx.array, params: SamplingParams) -> mx.array:

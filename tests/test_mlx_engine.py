@@ -3,9 +3,11 @@
 import copy
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,6 +107,47 @@ def test_tokens_come_as_often_as_they_are_likely():
     counts = np.bincount(np.array(mx.concatenate(tokens)), minlength=4)
     # 5 standard deviations: a false alarm in a million
     assert np.all(np.abs(counts - draws * likely) < 5 * np.sqrt(draws * likely * (1 - likely)))
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_self_certainty_is_that_of_torch(random_model, model, window):
+    torch_model = copy.deepcopy(random_model("qwen2")).float()
+    params = SamplingParams(20, temperature=0.0, self_certainty=True)
+    expected = TorchEngine(torch_model, SimpleNamespace(pad_token_id=0, eos_token_id=2))
+    # Within a window mlx-lm counts places otherwise; the first tokens are the same.
+    params = params if window is None else replace(params, max_completion_tokens=8)
+    for [one], [other] in zip(
+        MLXEngine(model, {2}, window).generate(PROMPTS, 1, params, (0,)),
+        expected.generate(PROMPTS, 1, params, (0,)),
+        strict=True,
+    ):
+        assert one.token_ids == other.token_ids
+        assert one.self_certainty == pytest.approx(other.self_certainty, abs=1e-4)
+    [[unasked]] = MLXEngine(model, {2}).generate(PROMPTS[:1], 1, GREEDY, (0,))
+    assert unasked.self_certainty is None
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_rows_branch_as_those_of_torch(random_model, random_folder, architecture):
+    torch_model = copy.deepcopy(random_model(architecture)).float()
+    mlx_model, _ = load_model(random_folder(architecture))
+    engines = (
+        TorchEngine(torch_model, SimpleNamespace(pad_token_id=0, eos_token_id=2)),
+        MLXEngine(mlx_model, {2}),
+    )
+    branches = [engine.branch(PROMPTS[0], 3, 8) for engine in engines]
+    one, other = (next(branch) for branch in branches)
+    for step in range(6):
+        assert [[(t.token_id, t.stops) for t in row] for row in one] == [
+            [(t.token_id, t.stops) for t in row] for row in other
+        ]
+        for ours, theirs in zip(other, one, strict=True):
+            assert [t.logprob for t in ours] == pytest.approx([t.logprob for t in theirs], abs=1e-4)
+        last = len(one) - 1
+        chosen = [(last, one[last][step % 3].token_id), (0, one[0][1].token_id), (0, one[0][0].token_id)]
+        one, other = (branch.send(chosen) for branch in branches)
+    for branch in branches:
+        branch.close()
 
 
 def test_every_stop_token_ends_a_completion_and_stays_in_it(model):
@@ -207,6 +250,7 @@ def test_a_prompt_that_outgrows_the_window_is_refused(model):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX calls g++ on a processor")
 def test_a_process_that_used_the_engine_ends_well(random_folder):
     """MLX aborts where a thread ends and its streams are not cleared."""
     program = (
