@@ -21,7 +21,7 @@ from typing import Any
 
 from rewards import shaping
 from rewards.extraction import candidates
-from rewards.verify import Verdict, judge
+from rewards.verify import Verdict, is_readable, judge
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -319,11 +319,20 @@ def judge_problem(
             expression that makes the target of the numbers; the target itself proves nothing.
         strict: see `rewards.verify.judge`.
     """
-    if columns.get("numbers") is not None and columns.get("target") is not None:
+    if _is_countdown(columns):
         solved = shaping.countdown([completion], [columns["numbers"]], [columns["target"]])[0] == 1.0
         answers = candidates(completion)
         return Verdict(solved, answers[-1] if answers else None, "countdown")
     return None if gold is None else judge(completion, gold, strict)
+
+
+def can_judge(gold: str | None, columns: Mapping[str, Any]) -> bool:
+    """Can answers to a problem be judged: by a rule of its own, or by a gold that the judge understands?"""
+    return _is_countdown(columns) or (gold is not None and is_readable(gold))
+
+
+def _is_countdown(columns: Mapping[str, Any]) -> bool:
+    return columns.get("numbers") is not None and columns.get("target") is not None
 
 
 def judge_all(completions: list[str], columns: Mapping[str, Any]) -> tuple[list, list, list]:

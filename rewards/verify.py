@@ -79,6 +79,27 @@ def _agree(answers: list[str], answer: str, deadline: float) -> bool:
     )
 
 
+def is_readable(gold: str) -> bool:
+    """Does the judge understand a gold, so that more than the very same text is right?
+
+    It does a number, a word, a choice, and maths: by our parser, or by Math-Verify's where that is asked.
+    """
+    text = clean(gold_answer(gold))
+    is_word = _CHOICE.fullmatch(text) or _WORDS.fullmatch(_plain_words(text))
+    if read_number(text) or is_word:
+        return True
+    try:
+        text = split_unit(text)[0] if len(text) <= MAX_CHARS else text
+        if not text or _tree(text) is not None:
+            return bool(text)
+        if not _BEYOND.search(text) or _MISREAD.search(text) or _BARE_WORD.search(_TEXT_MACRO.sub("", text)):
+            return False
+        check_guards(translate(_TEXT_MACRO.sub(r"\1", text)))
+    except (TooBig, Unreadable):
+        return False
+    return True
+
+
 # -------------------------------------------------------------------------------------------------------
 # Two answers
 

@@ -21,7 +21,7 @@ from rewards import symbolic, verify
 from rewards.extraction import boxed, candidates
 from rewards.latex import parse
 from rewards.processes import Child, ChildDied, OutOfTime
-from rewards.verify import Verdict, is_correct, judge
+from rewards.verify import Verdict, is_correct, is_readable, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -273,6 +273,28 @@ def test_hostile_answers_earn_nothing_beside_an_algebraic_gold(kind):
 @pytest.mark.parametrize("kind", verify_hostile.COMPLETIONS)
 def test_hostile_completions_earn_nothing_in_time(kind):
     assert judge_hostile(verify_hostile.COMPLETIONS[kind]) == []
+
+
+def test_a_gold_that_other_texts_equal_can_be_read():
+    tables = (verify_cases.EQUAL, verify_cases.EQUAL_ONE_WAY)
+    golds = [pair[1] for table in tables for pairs in table.values() for pair in pairs if pair[0] != pair[1]]
+    assert len(golds) > 400
+    assert [gold for gold in golds if not is_readable(gold)] == []
+
+
+@pytest.mark.parametrize(
+    "gold", ["", " ", r"\frac{1", "x^", "May 5?", "3 apples, 2 pears", "see https://example.org", "?"]
+)
+def test_a_gold_that_only_itself_could_equal_cannot_be_read(gold):
+    assert not is_readable(gold)
+
+
+@pytest.mark.parametrize("kind", verify_hostile.ANSWERS)
+def test_whether_a_gold_can_be_read_is_decided_in_no_time(kind):
+    for text in verify_hostile.ANSWERS[kind]:
+        began = time.process_time()
+        assert is_readable(text) in (True, False)
+        assert time.process_time() - began < 1, text[:40]
 
 
 @pytest.mark.parametrize("gold", ["18", "C", r"\frac{x+1}{\sqrt2}"])
