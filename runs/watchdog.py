@@ -1,6 +1,7 @@
 """Signs that a run learns nothing, or the wrong thing: each told once, with the evidence and what to change.
 
-It reads the metrics that are written anyway, means over a window of steps, and stops nothing.
+It reads the metrics that are written anyway, means over a window of steps. It tells; who goes back where a run
+ran away (`RUNAWAY`) is the run.
 """
 
 from collections import deque
@@ -33,14 +34,16 @@ class Finding:
 class Watchdog:
     """Looks at every step and evaluation of a run."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, window: int = WINDOW, span: str = f"{WINDOW} steps") -> None:
         """Begin with nothing seen.
 
         Args:
             config: of a training script; a field that it lacks is not looked at.
+            window: steps whose means are looked at.
+            span: the window in words.
         """
-        self.config = config
-        self.rows: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
+        self.config, self.window, self.span = config, window, span
+        self.rows: deque[Mapping[str, float]] = deque(maxlen=window)
         self.first: dict[str, float] | None = None  # means of the first window
         self.best_format = 0.0
         # Of the best evaluation: accuracy, its lower bound, the reward then.
@@ -70,7 +73,7 @@ class Watchdog:
     def step(self, metrics: Mapping[str, float]) -> list[Finding]:
         """Look at a step; what was not found before is returned."""
         self.rows.append(metrics)
-        if len(self.rows) < WINDOW:
+        if len(self.rows) < self.window:
             return []
         if self.first is None:
             self.first = {name: self.mean(name) for name in metrics if self.mean(name) is not None}
@@ -78,7 +81,7 @@ class Watchdog:
         for cause, (name, ceiling, text) in CEILINGS.items():
             value = self.mean(name)
             if value is not None and value >= ceiling:
-                found += self._tell(cause, text.format(value=value, steps=WINDOW, config=self.config))
+                found += self._tell(cause, text.format(value=value, span=self.span, config=self.config))
         self.best_format = max(self.best_format, self.mean("train/format_rate") or 0.0)
         return found
 
@@ -110,7 +113,7 @@ class Watchdog:
     def mean(self, name: str) -> float | None:
         """Over the window, None where a step of it has no such metric."""
         values = [row[name] for row in self.rows if name in row]
-        return fmean(values) if len(values) == WINDOW else None
+        return fmean(values) if len(values) == self.window else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def _no_signal(dog: Watchdog) -> str | None:
     share = dog.mean("rollout/zero_variance_groups")
     if share is None or share < 0.95:
         return None
-    seen = f"in {share:.0%} of the groups of {WINDOW} steps all rewards were equal, and taught nothing"
+    seen = f"in {share:.0%} of the groups of {dog.span} all rewards were equal, and taught nothing"
     right = dog.mean("rewards/correct")
     if right is not None and right > 0.9:
         return f"{seen}: the problems are solved. Stop here, or give harder ones"
@@ -161,7 +164,7 @@ def _truncated(dog: Watchdog) -> str | None:
     if share is None or share < 0.9 or _grew_too_long(dog):
         return None
     return (
-        f"{share:.0%} of the completions of {WINDOW} steps ran into --max_completion_tokens "
+        f"{share:.0%} of the completions of {dog.span} ran into --max_completion_tokens "
         f"{dog.config.max_completion_tokens}: give more, or the model never ends its turn; --overlong soft, "
         "or a cold start that shows it the end"
     )

@@ -84,6 +84,14 @@ def test_no_signal_has_three_reasons(right, told):
     assert told in found.text
 
 
+def test_a_look_at_a_single_rollout_speaks_of_that():
+    found = Watchdog(config(), window=1, span="16 prompts").step(
+        HEALTHY | {"rollout/truncated_fraction": 1.0, "rollout/zero_variance_groups": 1.0}
+    )
+    assert {finding.cause for finding in found} == {"truncated", "no_signal"}
+    assert all("of 16 prompts" in finding.text for finding in found)
+
+
 def test_one_bad_step_is_no_finding():
     dog = Watchdog(config())
     watch(dog, WINDOW)
