@@ -75,6 +75,11 @@ def _size_class(length: int) -> int:
     return round(4 * math.log2(max(length, 1)))
 
 
+def token_budget(configured: int | None, device: torch.device) -> int:
+    """Tokens of a part to begin with: as configured, or what suits the device."""
+    return configured or (4096 if device.type == "cpu" else 16_384)
+
+
 class MicroBatches:
     """Takes rows through the model a part at a time, in parts that memory holds.
 
@@ -102,7 +107,7 @@ class MicroBatches:
         self.accelerator = accelerator
         self.stop = stop or StopRequest()
         self.configured = tokens
-        self.tokens = tokens or (4096 if accelerator.device.type == "cpu" else 16_384)
+        self.tokens = token_budget(tokens, accelerator.device)
         if memory and memory[0] == tokens:
             self.tokens = memory[1]
 

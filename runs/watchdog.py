@@ -1,7 +1,7 @@
 """Signs that a run learns nothing, or the wrong thing: each told once, with the evidence and what to change.
 
-It reads the metrics that are written anyway, means over a window of steps. It tells; who goes back where a run
-ran away (`RUNAWAY`) is the run.
+It reads the metrics that are written anyway, means over a window of steps. It only tells; where a run has run
+away (`RUNAWAY`), the run itself goes back.
 """
 
 from collections import deque
