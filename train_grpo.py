@@ -39,7 +39,7 @@ from models import (
     make_accelerator,
 )
 from optimizers import make_optimizer, make_scheduler
-from prompts import encode_prompt
+from preflight import check_memory, check_template, choose_problems, grpo_load, tell
 from rewards.scorer import Scorer
 from rollouts import (
     Group,
@@ -150,6 +150,8 @@ class GRPOConfig(TrainingConfig):
     """Must stay 0."""
     rewards: dict[str, float] = field(default_factory=lambda: dict(rewards.DEFAULT_REWARDS))
     """Weight by name: built-in, file.py:function, model:NAME or judge:URL; see docs/rewards.md."""
+    on_bad_gold: Literal["skip", "stop"] = "skip"
+    """Of golds that the verifier cannot read: leave them out and say so (half of them at most), or stop."""
 
     algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "grpo_lead", "rloo", "cispo"] = "grpo"
     """The preset that fills the knobs below."""
@@ -499,32 +501,6 @@ def carry_over(training: Training, metrics: dict[str, float], fresh: list[Group]
 # The run
 
 
-def load_training_problems(config: GRPOConfig, tokenizer: Any, gold: bool) -> tuple[list[Problem], str]:
-    """The problems whose prompt fits, and a sentence that counts the others.
-
-    Raises:
-        ValueError: nothing is left to train on.
-    """
-    problems = load_problems(
-        config.data, "train", limit=config.limit, require_gold=gold, **config.data_arguments()
-    )
-    # A token is a byte at least: of most questions that is enough to know that they fit.
-    room = config.max_prompt_tokens - len(encode_prompt(tokenizer, ""))
-    kept = [
-        problem
-        for problem in problems
-        if len(problem.question.encode()) <= room
-        or len(encode_prompt(tokenizer, problem.question)) <= config.max_prompt_tokens
-    ]
-    left_out = len(problems) - len(kept)
-    told = f"{len(problems)} problems" + (f", {left_out} left out over max_prompt_tokens" if left_out else "")
-    if not kept:
-        raise ValueError(
-            f"data {config.data!r} leaves nothing to train on: {told}; raise --max_prompt_tokens"
-        )
-    return kept, told
-
-
 def load_rewards(config: GRPOConfig, device: torch.device) -> rewards.RewardSet:
     """The chosen rewards, reward models loaded.
 
@@ -571,11 +547,12 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
         reward_set = load_rewards(config, accelerator.device)
         source = str(start.checkpoint or config.model)
         tokenizer = config.load_tokenizer(source)
-        problems, told = load_training_problems(config, tokenizer, rewards.needs_gold(reward_set))
-        load = config.data_arguments()
+        problems, told = choose_problems(config, tokenizer, reward_set)
         held_out = (
-            load_problems(config.data, "validation", **load)[: config.eval_limit] if config.eval_every else []
-        )
+            load_problems(config.data, "validation", **config.data_arguments()) if config.eval_every else []
+        )[: config.eval_limit]
+        load = grpo_load(config, tokenizer, problems, accelerator.num_processes)
+        check_memory(config, source, load, accelerator)
         model = config.load_model(source)
         policy = Policy(model, config.critic)
         reference = build_reference(config, policy) if config.kl_coef else None
@@ -596,6 +573,7 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
         engine = TorchEngine(sampled, tokenizer)
     engine.memory = run.memory["sampler"] or engine.memory
     run.log.console.say(f"{config.algo} from {config.model} on {config.data}: {told}")
+    tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
     training = Training(
         *(config, accelerator, tokenizer, problems, Scorer(reward_set), engine),
         *(policy, reference, optimizer, scheduler, micro_batches, run),

@@ -28,6 +28,7 @@ from losses import loss_weights
 from memory import peak_memory
 from models import Policy, attend_fast, compute_dtype, make_accelerator
 from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
+from preflight import check_memory, check_template, sft_load, tell
 from prompts import answer_style, completion_prefix, in_style, render_prompt
 from runs.config import at_the_door, parse_config, require, run_script
 from runs.folder import Run, Start, open_run
@@ -160,6 +161,8 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
         held_out = (
             load_problems(config.data, "validation", **load)[: config.eval_limit] if config.eval_every else []
         )
+        lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples]
+        check_memory(config, source, sft_load(config, lengths, accelerator.num_processes), accelerator)
         model = config.load_model(source)
         policy = Policy(model)
         optimizer = make_optimizer(policy, config.optimizer, config.learning_rate, config.weight_decay)
@@ -173,6 +176,7 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
         engine = TorchEngine(sampled, tokenizer)
     run = Run(start, config, accelerator, weights, tokenizer, optimizer, scheduler)
     run.log.console.say(f"cold start of {config.model} on {config.data}: {told}")
+    tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory.get("budget"), run.stop)
     movers = (policy, optimizer, scheduler, micro_batches)

@@ -29,6 +29,7 @@ ROOMS = {
         *["batches", "inference.decoders", "inference.engine", "llama", "losses", "memory", "models"],
         *["optimizers", "tiny", "tokenizer"],
     ],
+    "preflight": ["data", "plan", "prompts", "rewards.*", "runs.watchdog"],
     "figures": [],
     "answers": ["data", "exam", "runs.lines", "runs.records"],
     "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
@@ -69,12 +70,12 @@ ROOMS = {
     ],
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
-        *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "prompts", "sharding"],
-        *["inference.*", "runs.*", "tiny"],
+        *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "preflight", "prompts"],
+        *["sharding", "inference.*", "runs.*", "tiny"],
     ],
     "train_grpo": [
-        *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "prompts"],
-        *["rollouts", "sharding", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
+        *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "preflight"],
+        *["prompts", "rollouts", "sharding", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
     "evaluate": [
@@ -128,6 +129,7 @@ GUARDED = {
         "memory",
         "models",
         "optimizers",
+        "preflight",
         "runs.*",
         "sharding",
         "train_grpo",

@@ -1,0 +1,194 @@
+"""What every start looks at: each cause planted once, and a healthy start that says nothing."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CHATML
+
+import plan
+import preflight
+from plan import MIB, Load
+from preflight import check_memory, check_template, choose_problems, grpo_load, turn_end
+from prompts import prepare_tokenizer
+from rewards import parse_rewards
+from tiny import TINY, build_tiny_tokenizer
+from train_grpo import GRPOConfig
+
+LOAD = Load(prompt=20, completion=40, limit=40, group_size=4, rows=32, sampled=32)
+
+
+def accelerator():
+    said = []
+    here = SimpleNamespace(device=torch.device("cpu"), num_processes=1, print=lambda it: said.append(str(it)))
+    return here, said
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    def write(golds, questions=None):
+        questions = questions or [f"Question {number}?" for number in range(len(golds))]
+        rows = [{"question": q, "answer": gold} for q, gold in zip(questions, golds, strict=True)]
+        # Named train, nothing is held out; the other file has what is.
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "validation.jsonl").write_text(json.dumps(rows[0]) + "\n")
+        return str(tmp_path)
+
+    return write
+
+
+def choose(data, rewards=None, **changes):
+    spec = rewards or {"correct": 1.0}
+    config = GRPOConfig(data=data, rewards=spec, **changes)
+    return choose_problems(config, build_tiny_tokenizer(), parse_rewards(spec))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def test_prompts_over_the_limit_are_counted_and_never_cut(data_file):
+    long = "How many apples? " * 9
+    data = data_file(["1", "2", "3"], ["1 + 1 = ?", long, "2 + 1 = ?"])
+    kept, told = choose(data, max_prompt_tokens=20)
+    assert [problem.question for problem in kept] == ["1 + 1 = ?", "2 + 1 = ?"]
+    assert told == "3 problems, 1 left out over max_prompt_tokens"
+    kept, told = choose(data, max_prompt_tokens=200)
+    assert kept[1].question == long.strip()
+    assert told == "3 problems"
+    with pytest.raises(ValueError, match="leaves nothing to train on.*raise --max_prompt_tokens"):
+        choose(data, max_prompt_tokens=5)
+
+
+BAD = ["\\frac{1", "May 5?", "2, or 3 if it rains", "x^", "see https://example.org"]
+
+
+def test_golds_that_cannot_be_read_are_left_out_counted_and_listed(data_file):
+    data = data_file(["18", *BAD, "\\frac12", "x + 1", "Paris", "(C)", "12 cm"])
+    kept, told = choose(data)
+    assert [problem.gold for problem in kept] == ["18", "\\frac12", "x + 1", "Paris", "(C)", "12 cm"]
+    assert "11 problems, 5 left out with golds that the verifier cannot read" in told
+    assert repr(BAD[0]) in told
+    assert repr(BAD[3]) not in told  # a few are enough
+    assert told.endswith(", ...)")
+
+
+def test_the_user_may_want_to_stop_at_them(data_file):
+    data = data_file(["18", "x^", "19", "20"])
+    with pytest.raises(ValueError, match=r"cannot read 1 of 4 golds \('x\^'\).*--on_bad_gold skip"):
+        choose(data, on_bad_gold="stop")
+
+
+def test_where_most_golds_are_bad_the_column_is(data_file):
+    with pytest.raises(ValueError, match=r"cannot read 5 of 6 golds.*another --answer_column"):
+        choose(data_file([*BAD, "18"]))
+
+
+def test_golds_are_nobodys_business_where_no_reward_reads_them(data_file):
+    kept, told = choose(data_file(BAD), rewards={"format": 1.0}, on_bad_gold="stop")
+    assert len(kept) == len(BAD)
+    assert told == "5 problems"
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "word_problems", "countdown"])
+def test_built_in_golds_are_good(task):
+    kept, told = choose(task, limit=300, on_bad_gold="stop")
+    assert (len(kept), told) == (300, "300 problems")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The template
+
+
+def causes(tokenizer, *stops):
+    return [finding.cause for finding in check_template(tokenizer, stops or [tokenizer.eos_token_id])]
+
+
+@pytest.fixture
+def chat(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def test_a_healthy_tokenizer_raises_nothing(chat):
+    assert causes(build_tiny_tokenizer()) == []
+    assert causes(chat) == []
+    assert turn_end(chat) == "<|im_end|>\n"
+    base = copy.deepcopy(chat)
+    base.chat_template = None  # gets ours
+    prepare_tokenizer(base)
+    assert causes(base) == []
+
+
+def test_a_template_that_opens_the_thought_is_told(chat):
+    chat.chat_template = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+    (finding,) = check_template(chat, [chat.eos_token_id])
+    assert finding.cause == "prefilled_think"
+    assert "opens <think> itself" in finding.text
+
+
+def test_a_template_that_closes_the_thought_is_told(chat):
+    chat.chat_template = CHATML.replace("assistant\n'", "assistant\n<think>\n\n</think>\n\n'")
+    (finding,) = check_template(chat, [chat.eos_token_id])
+    assert finding.cause == "closed_think"
+    assert "--rewards" in finding.text
+
+
+def test_padding_with_the_eos_is_told(chat):
+    chat.pad_token = chat.eos_token
+    assert causes(chat) == ["pad_is_eos"]
+
+
+def test_an_eos_that_the_template_never_writes_is_told(chat):
+    chat.eos_token = "<|endoftext|>"
+    stop = chat.convert_tokens_to_ids("<|im_end|>")
+    found = check_template(chat, [chat.eos_token_id])
+    assert [finding.cause for finding in found] == ["pad_is_eos", "eos_unreachable"]
+    assert "ends a turn with '<|im_end|>'" in found[1].text
+    assert "<|endoftext|>" in found[1].text
+    assert causes(chat, chat.eos_token_id, stop) == ["pad_is_eos"]  # the generation config knows better
+
+
+def test_a_template_that_leaves_completions_out_says_nothing_of_their_end(chat):
+    chat.chat_template = "{{ messages[0].content }} Assistant:"
+    assert turn_end(chat) == ""
+    assert causes(chat) == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_a_load_is_what_a_step_puts_through_the_model():
+    problems = [SimpleNamespace(question="1 + 1 = ?"), SimpleNamespace(question="1000 + 1000 = ?")]
+    config = GRPOConfig(
+        algo="dapo", prompts_per_step=32, group_size=8, max_completion_tokens=64, eval_limit=80
+    )
+    load = grpo_load(config, build_tiny_tokenizer(), problems, processes=2)
+    longest = len("1000") + len(" + ") // 3 + len("1000") + len(" = ") // 3 + len("?") + 3  # turns' tokens
+    assert load == Load(prompt=longest, completion=64, limit=64, group_size=8, rows=32, sampled=128)
+
+
+def test_memory_is_told_where_it_does_not_suffice(monkeypatch):
+    config = GRPOConfig(model=TINY, kl_coef=0.0, micro_batch_tokens=2000)
+    made = plan.plan_memory(config, TINY, LOAD, torch.device("cpu"))
+    for free, remedy in (
+        (made.peak + 1, None),
+        (made.peak - MIB, "--micro_batch"),
+        (made.held - MIB, "--lora"),
+    ):
+        monkeypatch.setattr(plan, "free_memory", lambda device, free=free: int(free))
+        here, said = accelerator()
+        check_memory(config, TINY, LOAD, here)
+        assert len(said) == (remedy is not None)
+        if remedy:
+            assert said[0].startswith("preflight: memory: a step takes")
+            assert remedy in said[0]
+
+
+def test_the_longest_texts_are_found():
+    texts = ["a" * n for n in (3, 9, 1)] + ["ä" * 5]
+    assert preflight.longest(texts, 2) == ["a" * 9, "ä" * 5]
