@@ -33,7 +33,7 @@ def read_key() -> str | None:
 
 def get_json(url: str, key: str | None = None, timeout_s: float = 60.0, attempts: int = 5) -> Any:
     """Ask for what is at `url`; see `post_json`."""
-    return _whole_answer("GET", url, None, key, timeout_s, attempts)
+    return _decode(url, _whole_answer("GET", url, None, key, timeout_s, attempts))
 
 
 def post_json(
@@ -54,6 +54,11 @@ def post_json(
         RefusedError: the server said no, and would say it again.
         ValueError: its answer is no JSON; or no such address or key can be.
     """
+    return _decode(url, post(url, body, key, timeout_s, attempts))
+
+
+def post(url: str, body: Any, key: str | None = None, timeout_s: float = 600.0, attempts: int = 5) -> bytes:
+    """Post `body` and return the answer as it came, JSON or not; see `post_json`."""
     return _whole_answer("POST", url, body, key, timeout_s, attempts)
 
 
@@ -91,12 +96,14 @@ class _PassingError(Exception):
     """The server could not answer now."""
 
 
-def _whole_answer(method: str, url: str, body: Any, key: str | None, timeout_s: float, attempts: int) -> Any:
+def _whole_answer(
+    method: str, url: str, body: Any, key: str | None, timeout_s: float, attempts: int
+) -> bytes:
     def ask() -> bytes:
         with _exchange(method, url, body, key, timeout_s) as response:
             return response.read()
 
-    return _decode(url, _patiently(ask, url, attempts))
+    return _patiently(ask, url, attempts)
 
 
 def _patiently(request: Callable[[], Result], url: str, attempts: int) -> Result:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from inference import http
-from inference.http import get_json, post_json, stream_json
+from inference.http import get_json, post, post_json, stream_json
 
 
 class Server(ThreadingHTTPServer):
@@ -81,6 +81,11 @@ def test_what_is_posted_arrives_and_what_is_answered_comes_back(serve):
 def test_an_empty_answer_is_none(serve):
     server = serve(lambda handler, body: say(handler, 200, ""))
     assert get_json(f"{server.url}/health") is None
+
+
+def test_an_answer_that_need_be_no_json_comes_as_it_is(serve):
+    server = serve(lambda handler, body: say(handler, 200, f"Success: {body}"))
+    assert post(server.url, [1]) == b"Success: [1]"
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
