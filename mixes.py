@@ -67,6 +67,15 @@ def refuse_mixes(config: Any, of_critic: Iterable[str]) -> None:
             "length_alpha and wrong_reward add up to what the reward lead is; give --length_alpha 0 "
             "--wrong_reward 0, or the reward correct in its place",
         ),
+        (
+            config.engine == "vllm" and not config.engine_url,
+            "engine 'vllm' needs engine_url; start a server by make vllm-server MODEL=..., and give "
+            "--engine_url http://127.0.0.1:8000",
+        ),
+        (
+            config.engine == "torch" and config.engine_url,
+            f"engine_url {config.engine_url!r} is not asked with engine 'torch'; give --engine vllm",
+        ),
     ]
     for knob in of_critic:
         unread = not has_critic and getattr(config, knob) is not None

@@ -27,7 +27,9 @@ from credit import credit, explained_variance
 from data import Problem, load_problems, take
 from exam import canary_rows, hold_shared_exam, summarise
 from inference import SamplingParams
-from inference.engine import TorchEngine
+from inference.engine import TorchEngine, stop_token_ids
+from inference.vllm_engine import VLLMEngine
+from inference.vllm_server import EngineError
 from memory import is_out_of_memory, peak_memory
 from mixes import refuse_mixes
 from models import (
@@ -148,6 +150,12 @@ class GRPOConfig(TrainingConfig):
     """Must stay 1."""
     min_p: float = 0.0
     """Must stay 0."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """What samples rollouts: the weights that train, in place; or vLLM servers, see docs/scaling.md."""
+    engine_url: str | None = None
+    """Addresses of vLLM servers, separated by commas; `make vllm-server MODEL=...` starts one."""
+    engine_timeout_s: float = 600.0
+    """How long a server may be gone, or silent over a completion or a hand-over, before the run stops."""
     rewards: dict[str, float] = field(default_factory=lambda: dict(rewards.DEFAULT_REWARDS))
     """Weight by name: built-in, file.py:function, model:NAME or judge:URL; see docs/rewards.md."""
     on_bad_gold: Literal["skip", "stop"] = "skip"
@@ -242,7 +250,7 @@ class GRPOConfig(TrainingConfig):
         require(self, "updates_per_rollout", "epochs_per_rollout", at_least=1)
         require(self, "kl_coef", "kl_target", "ref_sync_steps", "clip_low", "entropy_coef", at_least=0)
         require(self, "max_refills", "length_alpha", "length_min_tokens", "replay_groups", at_least=0)
-        require(self, "temperature", "clip_high", "importance_cap", above=0)
+        require(self, "temperature", "clip_high", "importance_cap", "engine_timeout_s", above=0)
         if has_critic:
             require(self, "critic_warmup_steps", "value_coef", "gamma", "lam", at_least=0)
             require(self, "critic_learning_rate", "value_clip", above=0)
@@ -265,6 +273,7 @@ class Training:
         problems: to draw from.
         scorer: scores completions in processes of its own.
         engine: samples from the very weights that train.
+        sampler: samples rollouts: the engine, or servers that are handed the weights.
         policy: as prepared.
         reference: the policy that the KL is taken to; None where it counts for nothing.
         optimizer: as prepared.
@@ -279,6 +288,7 @@ class Training:
     problems: list[Problem]
     scorer: Scorer
     engine: TorchEngine
+    sampler: TorchEngine | VLLMEngine
     policy: Any
     reference: nn.Module | None
     optimizer: Any
@@ -328,6 +338,8 @@ def train_step(training: Training) -> None:
         metrics["rollout/replayed_groups"] = len(run.memory["replay"])
     metrics["policy/learning_rate"] = training.scheduler.get_last_lr()[0]
     metrics |= seconds
+    if config.engine == "vllm":
+        metrics["time/push_s"] = training.sampler.pushed_s
     tokens = metrics["rollout/completion_tokens"] * metrics["rollout/completions"]
     metrics["rollout/tokens_per_s"] = tokens / (seconds["time/generate_s"] + seconds["time/score_s"])
     metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
@@ -385,7 +397,7 @@ def sample_step(training: Training) -> list[Group]:
     process has enough groups that teach something. All processes leave together.
 
     Raises:
-        RunStopped: a reward broke its promise, on whatever process; the run stands where it stood before.
+        RunStopped: a reward broke its promise or no server is left, on any process; the run is as before it.
         StepStopped: a process was told to stop.
     """
     config, run = training.config, training.run
@@ -397,15 +409,19 @@ def sample_step(training: Training) -> list[Group]:
         drawn = take(training.problems, config.seed, run.drawn + first, share)
         run.drawn += config.prompts_per_step
         number = refill * config.prompts_per_step + first
-        actors = (training.engine, training.tokenizer, drawn, training.scorer)
+        actors = (training.sampler, training.tokenizer, drawn, training.scorer)
         broken = None
         try:
-            with run.weights.whole(compute_dtype()), run.accelerator.autocast():
+            with run.weights.whole(compute_dtype()) as model, run.accelerator.autocast():
+                if config.engine == "vllm" and refill == 0:
+                    training.sampler.push_weights(model)
                 groups += roll_out(*actors, config, run.step, number, run.stop.check)
         except StepStopped:
             pass
         except rewards.RewardError as error:
             broken = f"{error}. Mend the function"
+        except EngineError as error:
+            broken = str(error)
         except (RuntimeError, MemoryError) as error:  # the engine has tried with ever fewer rows
             if not is_out_of_memory(error):
                 raise
@@ -435,8 +451,8 @@ def choose_groups(groups: list[Group], share: int, config: GRPOConfig) -> list[G
 def look_back(training: Training, batch: RolloutBatch) -> None:
     """Add the log-probabilities and values that the update reads and the sampler has not given."""
     config, accelerator, tensors = training.config, training.accelerator, batch.tensors
-    # Replayed groups were sampled by an older policy; half precision is not what the trainer computes in.
-    if accelerator.mixed_precision == "no" and not config.replay_groups:
+    # Replayed groups are an older policy's; half precision and a server are not what the trainer computes by.
+    if accelerator.mixed_precision == "no" and config.engine == "torch" and not config.replay_groups:
         tensors["old_logprobs"] = tensors["sampling_logprobs"]
     # With one update the trainer's own are known when it begins: `micro_loss` takes them there.
     is_read_before = config.updates_per_rollout * config.epochs_per_rollout > 1 or config.replay_groups
@@ -558,6 +574,19 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
         reference = build_reference(config, policy) if config.kl_coef else None
         rates = (config.learning_rate, config.weight_decay, config.critic_learning_rate)
         optimizer = make_optimizer(policy, config.optimizer, *rates)
+        servers = None
+        if config.engine == "vllm":
+            servers = VLLMEngine(
+                config.engine_url,
+                model,
+                stop_token_ids(model, tokenizer),
+                folder=Path(config.output),
+                context=config.max_prompt_tokens + config.max_completion_tokens,
+                timeout_s=config.engine_timeout_s,
+                is_main=accelerator.is_main_process,
+                share=lambda given: gather_object([given])[0],
+            )
+            told += f"; {servers.told}"
 
     optimizer_steps = config.total_steps * config.updates_per_rollout * config.epochs_per_rollout
     scheduler = make_scheduler(optimizer, config.lr_schedule, config.warmup_steps, optimizer_steps)
@@ -575,7 +604,7 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
     run.log.console.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
     training = Training(
-        *(config, accelerator, tokenizer, problems, Scorer(reward_set), engine),
+        *(config, accelerator, tokenizer, problems, Scorer(reward_set), engine, servers or engine),
         *(policy, reference, optimizer, scheduler, micro_batches, run),
     )
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)

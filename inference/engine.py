@@ -31,6 +31,13 @@ def row_uniforms(key: Sequence[int], length: int) -> np.ndarray:
     return np.random.default_rng(tuple(key)).random(length)
 
 
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those of the model's generation config."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *configured} - {None})
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off while sampling, whatever mode the trainer left the model in."""
@@ -127,10 +134,7 @@ class TorchEngine:
         self.max_rows = MAX_ROWS  # halved where memory runs out
         # Are adapters merged for a rollout? Where a second copy of their weights fits; decided at the first.
         self.merges: bool | None = None
-        configured = getattr(model.generation_config, "eos_token_id", None)
-        configured = configured if isinstance(configured, list) else [configured]
-        stop = {tokenizer.eos_token_id, *configured} - {None}
-        self.stop_token_ids = torch.tensor(sorted(stop), device=model.device)
+        self.stop_token_ids = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
 
     @property
     def memory(self) -> list[int | None]:

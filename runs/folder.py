@@ -59,6 +59,8 @@ HARMLESS = {
     "max_bad_updates",
     "max_rollbacks",
     "trust_remote_code",
+    "engine_url",
+    "engine_timeout_s",
 }
 
 

@@ -236,7 +236,8 @@ def _mismatch(dog: Watchdog) -> str | None:
         return None
     return (
         f"sampler and trainer differ by {gap:.3f} nats a token, as if two models were at work. Samples are "
-        "weighed for it, but it should be a hundredth of that: please report it with environment.json"
+        "weighed for it, but it should be a hundredth of that. With --engine vllm, is the server's model the "
+        "one that is trained? Else please report it with environment.json"
     )
 
 

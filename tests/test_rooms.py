@@ -60,6 +60,8 @@ ROOMS = {
     "inference.server_engine": ["inference", "inference.http", "prompts"],
     "inference.formats": [],
     "inference.mlx_engine": ["inference", "inference.formats"],
+    "inference.vllm_server": ["inference", "inference.http"],
+    "inference.vllm_engine": ["inference", "inference.vllm_server"],
     # Whoever talks through an engine.
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
@@ -116,7 +118,7 @@ GUARDED = {
         ],
         *["train_sft", "updates"],
         *["inference.chat", "inference.decoders", "inference.engine", "inference.kv_cache"],
-        *["inference.sampling"],
+        *["inference.sampling", "inference.vllm_engine", "inference.vllm_server"],
     ],
     "transformers": ["inference.decoders", "inference.engine", "models", "plan", "tiny", "tokenizer"],
     "tokenizers": ["tiny"],
