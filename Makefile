@@ -34,7 +34,7 @@ help:
 	@echo "make pipeline             R1's four phases on the tiny model: cold start, RL, rejection sampling, SFT, RL"
 	@echo "make clean-baseline       the tiny model on clean examples, for as long as the demo trains"
 	@echo "make vllm-server MODEL=.. a vLLM server for train_grpo.py --engine vllm (docs/scaling.md)"
-	@echo "make test                 every test; make unit: the fast ones; make lint"
+	@echo "make test                 every test; make unit: the fast ones; make soak: the long ones; make lint"
 
 setup: .venv/ready .venv/ready-dev
 
@@ -113,10 +113,11 @@ vllm-server: .venv-vllm/ready
 	  $(if $(LORA_RANK),--enable-lora --max-lora-rank $(LORA_RANK)) $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -q -m "not soak and not gpu and not network" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not gpu and not network and not soak" $(ARGS)
 
+# With VLLM_PYTHON=<python of an environment with vLLM> also against a real server; make vllm-server makes one.
 soak: setup
-	@$(BIN)/python -m pytest -q -m soak $(ARGS)
+	@VLLM_PYTHON=$${VLLM_PYTHON:-$(wildcard $(VLLM_BIN)/python)} $(BIN)/python -m pytest -q -m soak $(ARGS)
 
 unit: setup
 	@$(BIN)/python -m pytest -q $(ARGS)
