@@ -148,11 +148,12 @@ def test_two_processes_killed_at_random_go_on_to_the_same_bits(tmp_path):
     dice = random.Random(0)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     flags = "--model tiny --total_steps 6 --prompts_per_step 6 --group_size 4 --max_completion_tokens 12"
-    flags += " --rewards {unique_characters:1.0} --save_every 1 --eval_every 0 --updates_per_rollout 3"
+    flags += " --save_every 1 --eval_every 0 --updates_per_rollout 3"
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
     def start(folder):
-        words = [*command, "train_grpo.py", *flags.split(), "--output", str(folder)]
+        rewards = ["--rewards", "{unique_characters: 1.0}"]
+        words = [*command, "train_grpo.py", *flags.split(), *rewards, "--output", str(folder)]
         return subprocess.Popen(words, cwd=ROOT, env=environment)
 
     assert start(tmp_path / "whole").wait(300) == 0
