@@ -63,7 +63,7 @@ from runs.loop import Work, train
 from runs.signals import StepStopped
 from runs.training import TrainingConfig
 from sharding import Weights, prepare, refuse_unshardable
-from tokenizer import ADAPTER
+from tokenizer import ADAPTER, asking
 from train_sft import SFTConfig
 from train_sft import main as cold_start
 from updates import minibatches, score_rollout, update, update_metrics
@@ -547,7 +547,7 @@ def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int:
     accelerator.print(f"{config.model} is not there yet: running the cold start first (python train_sft.py)")
     shared = ("data", "data_options", "seed", "log_level")
     same_task = {name: getattr(config, name) for name in shared}
-    code = cold_start(SFTConfig(**same_task), accelerator)
+    code = cold_start(SFTConfig(**same_task, **asking(config)), accelerator)
     accelerator.free_memory()
     return code
 

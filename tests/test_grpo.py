@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import train_grpo
 from batches import MicroBatches
 from credit import credit
 from data import Problem
@@ -18,6 +19,7 @@ from models import Policy
 from rewards import Scores
 from rollouts import Group, collate, rollout_rows
 from train_grpo import PRESETS, GRPOConfig, choose_groups
+from train_sft import SFTConfig
 from updates import minibatches, update
 
 LIMIT = 12
@@ -233,3 +235,13 @@ def test_presets_fill_what_is_unset_and_flags_win():
     assert GRPOConfig(algo="dapo", clip_high=0.3).clip_high == 0.3
     assert GRPOConfig(algo="gspo").ratio_level == "sequence"
     assert all(row.keys() == PRESETS["grpo"].keys() for row in PRESETS.values())
+
+
+def test_the_cold_start_is_of_the_same_task_and_asks_alike(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun = []
+    monkeypatch.setattr(train_grpo, "cold_start", lambda config, accelerator: begun.append(config) or 130)
+    asked = {"seed": 3, "data": "countdown", "answer_style": "boxed", "prefill_think": True}
+    accelerator = SimpleNamespace(print=lambda text: None, free_memory=lambda: None)
+    assert train_grpo.ensure_cold_start(GRPOConfig(**asked), accelerator) == 130
+    assert begun == [SFTConfig(**asked)]
