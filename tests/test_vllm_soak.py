@@ -20,8 +20,9 @@ from inference.engine import TorchEngine
 from inference.http import get_json
 from inference.vllm_engine import VLLMEngine
 from inference.vllm_server import Server
-from models import load_tokenizer, save_model
+from models import save_model
 from prompts import encode_prompt
+from tokenizer import load_tokenizer
 from train_grpo import main as train_grpo
 
 ROOT = Path(__file__).parent.parent
