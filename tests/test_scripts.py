@@ -297,8 +297,9 @@ def test_replayed_groups_are_learned_from_again_by_their_probability_now(tmp_pat
 def test_a_lora_policy_is_its_own_reference_and_is_saved_as_an_adapter(random_qwen, tmp_path, monkeypatch):
     loaded = []
     load = models_module.load_model
-    for place in ("train_grpo.load_model", "runs.training.load_model"):
-        monkeypatch.setattr(place, lambda *args, **how: loaded.append(args) or load(*args, **how))
+    monkeypatch.setattr(
+        "runs.training.load_model", lambda *args, **how: loaded.append(args) or load(*args, **how)
+    )
     changes = {"model": str(random_qwen), "lora_rank": 4, "kl_coef": 0.1}
     steps = metrics_of(tmp_path, "run", **changes)
     assert len(loaded) == 1  # no second model for the reference
