@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from quick import quick_grpo, quick_sft
+from test_stops import stop_at
 
 import models
 import train_grpo
+import updates
 from batches import MicroBatches
 from credit import credit
 from data import Problem
@@ -23,6 +26,9 @@ from inference.engine import TorchEngine
 from models import Policy, make_accelerator
 from rewards import Scores
 from rollouts import Group, collate
+from runs.checkpoint import load_state
+from runs.folder import Run
+from runs.signals import StopRequest
 from sharding import Weights, prepare
 from tiny import build_tiny
 from train_grpo import GRPOConfig
@@ -94,13 +100,43 @@ def cold_start(folder):
 
 
 def grpo(output):
-    return quick_grpo(output, kl_coef=0.1, ref_sync_steps=2)
+    return quick_grpo(output, kl_coef=0.1, ref_sync_steps=2, micro_batch_tokens=64)
+
+
+def stop_and_go_on(config, accelerator):
+    """A run in which the last process alone is told to stop: while it samples, and then within an update."""
+    for place, name, call, is_in_hand in (
+        (StopRequest, "check", 15, False),  # four answers, eight completions, and some of the next eight
+        (updates, "micro_loss", 2, True),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if accelerator.is_last_process:
+                stop_at(patch, place, name, call)
+            assert train_grpo.main(config) == 143
+        saved = load_state(Path(config.output) / "checkpoints" / "step-000001")
+        assert ("in_hand" in saved["memory"]) == is_in_hand
+    assert train_grpo.main(config) == 0
+
+
+def go_back(config):
+    """A run that diverges in its third step, once."""
+    check_updates = Run.check_updates
+
+    def diverge(run, causes, rows):
+        check_updates(run, causes, rows)
+        if run.step == 3 and not run.rollbacks:
+            run.diverged = "it was told so"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "check_updates", diverge)
+        assert train_grpo.main(config) == 0
 
 
 def main(folder, words):
     if "half" in words:  # as on a GPU
         for module in (models, train_grpo):
             module.compute_dtype = lambda: torch.bfloat16
+    Accelerator.end_training = lambda self: None  # several runs follow one another
     accelerator = make_accelerator()
     told = one_update(accelerator)
     if accelerator.is_main_process:
@@ -108,13 +144,16 @@ def main(folder, words):
     accelerator.free_memory()
     if "runs" in words:
         assert train_sft(cold_start(folder), accelerator) == 0
-        Accelerator.end_training = lambda self: None  # several runs follow
         assert train_grpo.main(grpo(folder / "grpo")) == 0
     if "killed" in words:
         if accelerator.is_main_process:
             go_on(folder / "grpo", folder / "resumed")
         accelerator.wait_for_everyone()
         assert train_grpo.main(grpo(folder / "resumed")) == 0
+    if "stopped" in words:
+        stop_and_go_on(grpo(folder / "stopped"), accelerator)
+    if "back" in words:
+        go_back(grpo(folder / "back"))
     if "lora" in words:
         lora = quick_grpo(folder / "lora", model=str(folder / "grpo" / "final"), **LORA)
         assert train_grpo.main(lora) == 0

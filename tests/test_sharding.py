@@ -13,7 +13,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from quick import lines, quick_grpo, same, weights
-from several import cold_start, go_on, grpo, one_update
+from several import cold_start, go_back, go_on, grpo, one_update
 from transformers import AutoModelForCausalLM
 
 import batches
@@ -189,7 +189,7 @@ def alone():
 def sharded_runs(tmp_path_factory):
     """What two processes left that hold a part of the model each."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch(folder, "fsdp2.yaml", "runs", "killed", "lora")
+    launch(folder, "fsdp2.yaml", "runs", "killed", "stopped", "back", "lora")
     return folder
 
 
@@ -199,6 +199,7 @@ def single_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
     assert train_sft(cold_start(folder)) == 0
     assert train_grpo(grpo(folder / "grpo")) == 0
+    go_back(grpo(folder / "back"))
     return folder
 
 
@@ -251,14 +252,14 @@ def test_gathered_in_half_precision_the_gradient_is_as_good_and_the_weights_stay
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["sft", "grpo"])
+@pytest.mark.parametrize("run", ["sft", "grpo", "back"])
 def test_sharded_weights_move_as_whole_ones(sharded_runs, single_runs, run):
     ours, theirs = (weights(folder / run / "final") for folder in (sharded_runs, single_runs))
     start = load_model("tiny").state_dict()
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) <= 1e-5
     assert max((ours[name] - start[name]).abs().max() for name in ours) > 1e-4
-    if run == "grpo":
+    if run != "sft":
         said = [
             [row["completion"] for row in lines(f / run / "rollouts.jsonl")]
             for f in (sharded_runs, single_runs)
@@ -275,6 +276,23 @@ def test_a_sharded_run_goes_on_to_the_same_bits_and_so_does_one_process(sharded_
     alone = weights(tmp_path / "final")
     assert max((alone[name] - whole[name]).abs().max() for name in whole) <= 1e-5
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_when_one_process_is_told_to_stop_all_do_and_go_on_to_the_same_bits(sharded_runs):
+    whole, stopped = (sharded_runs / run for run in ("grpo", "stopped"))
+    assert same(weights(whole / "final"), weights(stopped / "final"))
+    for file in ("rollouts.jsonl", "eval.jsonl"):
+        assert lines(whole / file) == lines(stopped / file)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_diverged_goes_back_at_half_the_rate(sharded_runs):
+    rates = [
+        [row["policy/learning_rate"] for row in lines(sharded_runs / run / "metrics.jsonl")]
+        for run in ("grpo", "back")
+    ]
+    assert rates[1] == [*rates[0][:2], *(rate / 2 for rate in rates[0][2:])]
 
 
 @pytest.mark.slow
