@@ -146,7 +146,7 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_bits(case, tmp_path, w
 @pytest.mark.soak
 def test_two_processes_killed_at_random_go_on_to_the_same_bits(tmp_path):
     dice = random.Random(0)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = "--model tiny --total_steps 6 --prompts_per_step 6 --group_size 4 --max_completion_tokens 12"
     flags += " --save_every 1 --eval_every 0 --updates_per_rollout 3"
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
