@@ -1,7 +1,7 @@
 """Before a run: what would keep it from learning, at a cost of nothing, at every start.
 
 Golds that nobody can read, prompts over the limit, what the chat template does, the memory that there is: a
-line each, with what to change, where there is something to tell.
+line each, with what to change, where there is something to tell. `rehearsal` is for the rest.
 """
 
 import math
@@ -50,7 +50,7 @@ def choose_problems(config: Any, tokenizer: Any, reward_set: RewardSet) -> tuple
     ]
     kept = [problem for problem in fitting if not gold or can_judge(problem.gold, problem.columns)]
     told = f"{len(problems)} problems"
-    if len(fitting) < len(problems):
+    if len(fitting) < len(problems) or config.dry_run:
         told += f", {len(problems) - len(fitting)} left out over max_prompt_tokens"
     if len(kept) < len(fitting):
         told += f", {_count_bad_golds(config, fitting, kept)}"
@@ -114,7 +114,8 @@ def sft_load(config: Any, lengths: Sequence[tuple[int, int]], processes: int) ->
 
 
 def check_memory(config: Any, source: str, load: Load, accelerator: Accelerator) -> None:
-    """Compare what a run will hold with what is free, before it is loaded: a line where it does not fit.
+    """Compare what a run will hold with what is free, before it is loaded: in a dry run the whole table, else
+    a line where it does not fit.
 
     Args:
         config: of the script.
@@ -123,6 +124,8 @@ def check_memory(config: Any, source: str, load: Load, accelerator: Accelerator)
         accelerator: of the run.
     """
     plan = plan_memory(config, source, load, accelerator.device, accelerator.num_processes)
+    if config.dry_run:
+        accelerator.print(plan)
     if plan.peak <= plan.free:
         return
     needed = plan.peak

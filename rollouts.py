@@ -14,8 +14,9 @@ from torch import Tensor
 from batches import pad_batch
 from data import Problem
 from inference import Completion, Engine, SamplingParams
+from memory import is_out_of_memory
 from prompts import AnswerStyle, answer_style, completion_prefix, parse_completion, render_prompt
-from rewards import Scores
+from rewards import RewardError, Scores
 from rewards.scorer import Scorer
 
 
@@ -113,6 +114,22 @@ def roll_out(
         Group(first_prompt + i, problem, prompt_ids[i], groups[i], texts[i], scores[i], styles[i])
         for i, problem in enumerate(problems)
     ]
+
+
+def try_roll_out(*arguments: Any) -> tuple[list[Group], str | None]:
+    """As `roll_out`, but a reward's broken promise and a lack of memory are told, not raised.
+
+    Returns:
+        The groups, and why there are none; None where there are.
+    """
+    try:
+        return roll_out(*arguments), None
+    except RewardError as error:
+        return [], f"{error}. Mend the function"
+    except (RuntimeError, MemoryError) as error:  # the engine has tried with ever fewer rows
+        if not is_out_of_memory(error):
+            raise
+        return [], "memory ran out while sampling; give a smaller --max_completion_tokens"
 
 
 def reward_columns(

@@ -12,7 +12,8 @@ of the update (their gradient is zero), and the KL's estimator is corrected so t
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from inference import SamplingParams
 from inference.engine import TorchEngine, stop_token_ids
 from inference.vllm_engine import VLLMEngine
 from inference.vllm_server import EngineError
-from memory import is_out_of_memory, peak_memory
+from memory import peak_memory
 from mixes import refuse_mixes
 from models import (
     Policy,
@@ -41,7 +42,9 @@ from models import (
     make_accelerator,
 )
 from optimizers import make_optimizer, make_scheduler
+from plan import Load
 from preflight import check_memory, check_template, choose_problems, grpo_load, tell
+from rehearsal import dry_run, rehearse_grpo
 from rewards.scorer import Scorer
 from rollouts import (
     Group,
@@ -52,10 +55,10 @@ from rollouts import (
     group_state,
     restore_group,
     restore_step,
-    roll_out,
     rollout_metrics,
     rollout_rows,
     step_state,
+    try_roll_out,
 )
 from runs.config import RunStopped, UserError, at_the_door, parse_config, require, run_script
 from runs.folder import Run, Start, open_run
@@ -271,6 +274,7 @@ class Training:
         accelerator: prepared policy and optimizer.
         tokenizer: of the policy.
         problems: to draw from.
+        held_out: to evaluate on.
         scorer: scores completions in processes of its own.
         engine: samples from the very weights that train.
         sampler: samples rollouts: the engine, or servers that are handed the weights.
@@ -280,12 +284,14 @@ class Training:
         scheduler: of the learning rate.
         micro_batches: take rows through the policy.
         run: position, log, checkpoints, and `memory`: what a step hands to the next besides the weights.
+        load: what a step puts through the model at most.
     """
 
     config: GRPOConfig
     accelerator: Accelerator
     tokenizer: Any
     problems: list[Problem]
+    held_out: list[Problem]
     scorer: Scorer
     engine: TorchEngine
     sampler: TorchEngine | VLLMEngine
@@ -295,10 +301,11 @@ class Training:
     scheduler: Any
     micro_batches: MicroBatches
     run: Run
+    load: Load
 
 
-def train_step(training: Training) -> None:
-    """One step: roll out, compare, learn, tell.
+def train_step(training: Training) -> dict[str, float]:
+    """One step: roll out, compare, learn, tell. Returns its metrics.
 
     Raises:
         StepStopped: the run was told to stop; what is in hand is in `run.memory`.
@@ -348,6 +355,7 @@ def train_step(training: Training) -> None:
     run.log.rollouts(rows)
     run.check_updates([done["cause"] for done in updates], rows)
     carry_over(training, metrics, hand.fresh)
+    return metrics
 
 
 def begin_step(training: Training) -> StepInHand:
@@ -410,22 +418,17 @@ def sample_step(training: Training) -> list[Group]:
         run.drawn += config.prompts_per_step
         number = refill * config.prompts_per_step + first
         actors = (training.sampler, training.tokenizer, drawn, training.scorer)
-        broken = None
+        sampled, broken = [], None
         try:
             with run.weights.whole(compute_dtype()) as model, run.accelerator.autocast():
                 if config.engine == "vllm" and refill == 0:
                     training.sampler.push_weights(model)
-                groups += roll_out(*actors, config, run.step, number, run.stop.check)
+                sampled, broken = try_roll_out(*actors, config, run.step, number, run.stop.check)
         except StepStopped:
             pass
-        except rewards.RewardError as error:
-            broken = f"{error}. Mend the function"
         except EngineError as error:
             broken = str(error)
-        except (RuntimeError, MemoryError) as error:  # the engine has tried with ever fewer rows
-            if not is_out_of_memory(error):
-                raise
-            broken = "memory ran out while sampling; give a smaller --max_completion_tokens"
+        groups += sampled
         informative = sum(group.is_informative for group in groups)
         counts, errors, signals = zip(*gather_object([(informative, broken, run.stop.signal)]), strict=True)
         if any(signals):
@@ -540,20 +543,25 @@ def check_share(config: GRPOConfig, processes: int) -> None:
         )
 
 
-def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int:
-    """Run the cold start if the default model is asked for and not there yet. Returns the exit code."""
+def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int | None:
+    """Run the cold start if the default model is asked for and not there yet.
+
+    Returns:
+        The exit code, where there is nothing to go on with: it failed, or was a dry run. Else None.
+    """
     if config.model != GRPOConfig.model or (Path(config.model) / "config.json").is_file():
-        return 0
+        return None
     accelerator.print(f"{config.model} is not there yet: running the cold start first (python train_sft.py)")
-    shared = ("data", "data_options", "seed", "log_level")
+    shared = ("data", "data_options", "seed", "log_level", "dry_run", "price_per_hour")
     same_task = {name: getattr(config, name) for name in shared}
     code = cold_start(SFTConfig(**same_task, **asking(config)), accelerator)
+    if config.dry_run:
+        accelerator.print("that was the cold start; what follows can be rehearsed once it is there")
     accelerator.free_memory()
-    return code
+    return code if code or config.dry_run else None
 
 
-@contextmanager
-def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterator[Work]:
+def set_up(config: GRPOConfig, start: Start, accelerator: Accelerator) -> Training:
     """Load and prepare everything, and go on where `start` says.
 
     Raises:
@@ -603,14 +611,20 @@ def set_up(config: GRPOConfig, accelerator: Accelerator, start: Start) -> Iterat
     engine.memory = run.memory["sampler"] or engine.memory
     run.log.console.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
-    training = Training(
-        *(config, accelerator, tokenizer, problems, Scorer(reward_set), engine, servers or engine),
-        *(policy, reference, optimizer, scheduler, micro_batches, run),
+    return Training(
+        *(config, accelerator, tokenizer, problems, held_out, Scorer(reward_set), engine, servers or engine),
+        *(policy, reference, optimizer, scheduler, micro_batches, run, load),
     )
+
+
+@contextmanager
+def work(training: Training) -> Iterator[Work]:
+    """What the loop needs of a training."""
+    config, run, held_out = training.config, training.run, training.held_out
     greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
 
     def evaluate() -> None:
-        asked = (accelerator, engine, tokenizer, held_out, greedy)
+        asked = (training.accelerator, training.engine, training.tokenizer, held_out, greedy)
         with run.weights.whole(compute_dtype()):
             groups = hold_shared_exam(*asked, check=run.stop.check)
         run.evaluated("validation", summarise(groups), canary_rows(held_out, groups))
@@ -623,7 +637,7 @@ def main(config: GRPOConfig) -> int:
     """Train; returns the exit code."""
     with at_the_door():
         accelerator = make_accelerator(config.tracker, config.output)
-    if code := ensure_cold_start(config, accelerator):
+    if (code := ensure_cold_start(config, accelerator)) is not None:
         return code
     with at_the_door():
         check_share(config, accelerator.num_processes)
@@ -632,7 +646,11 @@ def main(config: GRPOConfig) -> int:
     if start.is_finished:
         accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
         return 0
-    code = train(lambda start: set_up(config, accelerator, start), start)
+    if config.dry_run:
+        config = replace(config, engine="torch", engine_url=None)  # no server is handed weights for nothing
+        begin = partial(set_up, accelerator=accelerator)
+        return dry_run(config, start, begin, partial(rehearse_grpo, take_step=train_step))
+    code = train(lambda start: work(set_up(config, start, accelerator)), start)
     accelerator.end_training()
     return code
 

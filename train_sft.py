@@ -10,9 +10,9 @@ processes.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,8 +28,10 @@ from losses import loss_weights
 from memory import peak_memory
 from models import Policy, attend_fast, compute_dtype, make_accelerator
 from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
+from plan import Load
 from preflight import check_memory, check_template, sft_load, tell
 from prompts import answer_style, completion_prefix, in_style, render_prompt
+from rehearsal import dry_run, rehearse_sft
 from runs.config import at_the_door, parse_config, require, run_script
 from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
@@ -129,24 +131,40 @@ def encode_examples(problems: list[Problem], tokenizer: Any, config: SFTConfig) 
 # The run
 
 
-def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
-    """Train; returns the exit code. For the automatic cold start `train_grpo` hands in its Accelerator."""
-    is_stage = accelerator is not None
-    with at_the_door():
-        accelerator = accelerator or make_accelerator(config.tracker, config.output)
-        refuse_unshardable(accelerator, config)
-        start = open_run(config)
-    if start.is_finished:
-        accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
-        return 0
-    code = train(lambda start: set_up(config, accelerator, start), start)
-    if not is_stage:
-        accelerator.end_training()
-    return code
+@dataclass
+class Training:
+    """Everything that a step works with. Every process holds one.
+
+    Attributes:
+        config: of the run.
+        accelerator: prepared policy and optimizer.
+        tokenizer: of the policy.
+        examples: to draw from.
+        held_out: to evaluate on.
+        engine: samples from the very weights that train.
+        policy: as prepared.
+        optimizer: as prepared.
+        scheduler: of the learning rate.
+        micro_batches: take rows through the policy.
+        run: position, log, checkpoints.
+        load: what a step puts through the model at most.
+    """
+
+    config: SFTConfig
+    accelerator: Accelerator
+    tokenizer: Any
+    examples: list[Example]
+    held_out: list[Problem]
+    engine: TorchEngine
+    policy: Any
+    optimizer: Any
+    scheduler: Any
+    micro_batches: MicroBatches
+    run: Run
+    load: Load
 
 
-@contextmanager
-def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterator[Work]:
+def set_up(config: SFTConfig, start: Start, accelerator: Accelerator) -> Training:
     """Load and prepare everything, and go on where `start` says.
 
     Raises:
@@ -155,14 +173,13 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
     with at_the_door():
         source = str(start.checkpoint or config.model)
         tokenizer = config.load_tokenizer(source)
-        load = config.data_arguments()
-        problems = load_problems(config.data, "cold_start", limit=config.limit, **load)
+        where = config.data_arguments()
+        problems = load_problems(config.data, "cold_start", limit=config.limit, **where)
         examples, told = encode_examples(problems, tokenizer, config)
-        held_out = (
-            load_problems(config.data, "validation", **load)[: config.eval_limit] if config.eval_every else []
-        )
+        held_out = load_problems(config.data, "validation", **where) if config.eval_every else []
         lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples]
-        check_memory(config, source, sft_load(config, lengths, accelerator.num_processes), accelerator)
+        load = sft_load(config, lengths, accelerator.num_processes)
+        check_memory(config, source, load, accelerator)
         model = config.load_model(source)
         policy = Policy(model)
         optimizer = make_optimizer(policy, config.optimizer, config.learning_rate, config.weight_decay)
@@ -177,30 +194,62 @@ def set_up(config: SFTConfig, accelerator: Accelerator, start: Start) -> Iterato
     run = Run(start, config, accelerator, weights, tokenizer, optimizer, scheduler)
     run.log.console.say(f"cold start of {config.model} on {config.data}: {told}")
     tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
-    greedy = SamplingParams(config.max_completion_tokens, temperature=0.0)
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory.get("budget"), run.stop)
-    movers = (policy, optimizer, scheduler, micro_batches)
+    return Training(
+        *(config, accelerator, tokenizer, examples, held_out[: config.eval_limit], engine),
+        *(policy, optimizer, scheduler, micro_batches, run, load),
+    )
 
-    def step() -> None:
-        began = time.perf_counter()
-        drawn = take(examples, config.seed, run.drawn, config.examples_per_step)
-        run.seed_dropout()
-        metrics, cause = update(*movers, drawn, tokenizer.pad_token_id, config.max_grad_norm)
-        run.memory["budget"] = micro_batches.memory
-        run.step += 1
-        run.drawn += config.examples_per_step
-        metrics["time/update_s"] = time.perf_counter() - began
-        metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
-        run.tell(metrics)
-        run.check_updates([cause], [asdict(example) for example in drawn])
+
+def work(training: Training) -> AbstractContextManager[Work]:
+    """What the loop needs of a training."""
+    run, held_out = training.run, training.held_out
+    greedy = SamplingParams(training.config.max_completion_tokens, temperature=0.0)
 
     def evaluate() -> None:
-        asked = (accelerator, engine, tokenizer, held_out, greedy)
+        asked = (training.accelerator, training.engine, training.tokenizer, held_out, greedy)
         with run.weights.whole(compute_dtype()):
             groups = hold_shared_exam(*asked, check=run.stop.check)
         run.evaluated("validation", summarise(groups), canary_rows(held_out, groups))
 
-    yield Work(run, step, evaluate, evaluates_first=False)
+    return nullcontext(Work(run, lambda: train_step(training), evaluate, evaluates_first=False))
+
+
+def main(config: SFTConfig, accelerator: Accelerator | None = None) -> int:
+    """Train; returns the exit code. For the automatic cold start `train_grpo` hands in its Accelerator."""
+    is_stage = accelerator is not None
+    with at_the_door():
+        accelerator = accelerator or make_accelerator(config.tracker, config.output)
+        refuse_unshardable(accelerator, config)
+        start = open_run(config)
+    if start.is_finished:
+        accelerator.print(f"{start.folder} is finished: its model is {start.folder / 'final'}")
+        return 0
+    if config.dry_run:
+        begin = partial(set_up, accelerator=accelerator)
+        return dry_run(config, start, begin, partial(rehearse_sft, take_step=train_step))
+    code = train(lambda start: work(set_up(config, start, accelerator)), start)
+    if not is_stage:
+        accelerator.end_training()
+    return code
+
+
+def train_step(training: Training) -> dict[str, float]:
+    """One step: learn from the next examples, and tell of it. Returns its metrics."""
+    config, accelerator, run = training.config, training.accelerator, training.run
+    began = time.perf_counter()
+    drawn = take(training.examples, config.seed, run.drawn, config.examples_per_step)
+    run.seed_dropout()
+    movers = (training.policy, training.optimizer, training.scheduler, training.micro_batches)
+    metrics, cause = update(*movers, drawn, training.tokenizer.pad_token_id, config.max_grad_norm)
+    run.memory["budget"] = training.micro_batches.memory
+    run.step += 1
+    run.drawn += config.examples_per_step
+    metrics["time/update_s"] = time.perf_counter() - began
+    metrics["memory/peak_mib"] = max(gather_object([peak_memory(accelerator.device) / 2**20]))
+    run.tell(metrics)
+    run.check_updates([cause], [asdict(example) for example in drawn])
+    return metrics
 
 
 def update(

@@ -61,6 +61,8 @@ HARMLESS = {
     "trust_remote_code",
     "engine_url",
     "engine_timeout_s",
+    "dry_run",
+    "price_per_hour",
 }
 
 

@@ -55,6 +55,11 @@ class RunLog:
         self.unwritten: dict[str, list[str]] = {}  # lines that the disk would not take, by file
         self.console = Console(folder.name, total_steps, first_step, self.is_main, log_level)
 
+    def hush(self) -> None:
+        """Tell and keep nothing from here on: of steps that are thrown away."""
+        self.is_main = self.console.is_main = self.console.bar.leave = False
+        self.console.bar.close()
+
     def step(self, step: int, metrics: dict[str, float], findings: Sequence[Finding] = ()) -> None:
         """Record the metrics of a finished step (counted from 1), and what the watchdog found in them."""
         self._append("metrics.jsonl", [{"step": step, **metrics, **_told(findings)}])

@@ -122,6 +122,10 @@ class TrainingConfig:
     log_level: LogLevel = "info"
     """quiet: what goes wrong, and how it ends; info: also evaluations, and a line for each twentieth of the
     run or, where steps are slow, for each step; debug: a line a step."""
+    dry_run: bool = False
+    """Rehearse and end: memory, accuracy, time and cost, and what would keep the run from learning."""
+    price_per_hour: float = 0.0
+    """Of the machine, in whatever currency: what a dry run counts the cost by."""
 
     @property
     def trains_tiny(self) -> bool:
@@ -144,7 +148,7 @@ class TrainingConfig:
             require(self, "micro_batch_tokens", at_least=1)
         require(self, "eval_limit", "save_every", "keep_checkpoints", at_least=1)
         require(self, "seed", "eval_every", "warmup_steps", "weight_decay", "lora_rank", at_least=0)
-        require(self, "max_rollbacks", "patience", at_least=0)
+        require(self, "max_rollbacks", "patience", "price_per_hour", at_least=0)
         if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
             raise ValueError(f"target_accuracy must be in [0, 1], got {self.target_accuracy}")
         for name in ("target_accuracy", "patience"):

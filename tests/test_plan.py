@@ -3,6 +3,11 @@ run's.
 """
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import plan as plan_module
 from batches import pad_batch
-from models import TINY, Policy, checkpoint_activations, save_model
+from models import TINY, Policy, build_tiny_tokenizer, checkpoint_activations, save_model
 from optimizers import make_optimizer
 from plan import MIB, Load, Shape, empty_model, optimizer_bytes, plan_memory, weight_bytes
 from train_grpo import GRPOConfig
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 LOAD = Load(prompt=20, completion=40, limit=40, group_size=4, rows=32, sampled=32)
 # Of many heads and several layers, and of a vocabulary that does not drown them.
@@ -245,3 +251,63 @@ def test_what_the_librarys_blocks_keep_is_known_to_a_third(name):
     for load in LOADS:
         kept = saved_bytes(Policy(model, critic), load)
         assert 0.95 < planned_bytes(model, load, is_packed=False) / kept < 1.35
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run
+
+# Two steps of the longest sequences, each in two parts: in the second step everything is held at once.
+RUN = """
+import json, resource, sys
+import psutil, torch
+import preflight, train_grpo
+from models import make_accelerator
+from rehearsal import at_the_limit
+from runs.folder import open_run
+
+torch.set_num_threads(1)
+model, output, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+if changes.get("lora_rank"):
+    import bitsandbytes, peft, peft.tuners.lora
+settings = {"max_completion_tokens": 64, "micro_batch_tokens": 1000, "eval_every": 0, "limit": 100}
+settings |= {"prompts_per_step": 8, "group_size": 4, "kl_coef": 0.0, "rewards": {"unique_characters": 1.0}}
+config = train_grpo.GRPOConfig(model=model, output=output, **settings | changes)
+told = {}
+
+def plan_memory(*arguments, planned=preflight.plan_memory):
+    told["plan"] = planned(*arguments)
+    told["before"] = psutil.Process().memory_info().rss
+    return told["plan"]
+
+preflight.plan_memory = plan_memory
+training = train_grpo.set_up(config, open_run(config), make_accelerator())
+for _ in range(2):
+    train_grpo.train_step(at_the_limit(training))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - told["before"]
+print(json.dumps({"plan": told["plan"].peak / 2**20, "peak": peak / 2**20}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the C library of others keeps what is freed"
+)
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_checkpointing": True, "kl_coef": 0.04}, {"lora_rank": 8}], ids=str
+)
+def test_a_run_takes_what_was_planned(changes, tmp_path):
+    """Within a tenth: what is not counted is code that is loaded late and the buffers of matrix products."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6}
+    save_model(tmp_path / "model", build("qwen2", **sizes), build_tiny_tokenizer())
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / "run"), json.dumps(changes)],
+        cwd=ROOT,
+        # What is freed goes back to the system at once, and is not counted twice.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "262144"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["plan"] == pytest.approx(told["peak"], rel=0.1)

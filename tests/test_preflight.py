@@ -58,6 +58,10 @@ def test_prompts_over_the_limit_are_counted_and_never_cut(data_file):
     kept, told = choose(data, max_prompt_tokens=200)
     assert kept[1].question == long.strip()
     assert told == "3 problems"
+    assert (
+        choose(data, max_prompt_tokens=200, dry_run=True)[1]
+        == "3 problems, 0 left out over max_prompt_tokens"
+    )
     with pytest.raises(ValueError, match="leaves nothing to train on.*raise --max_prompt_tokens"):
         choose(data, max_prompt_tokens=5)
 
@@ -187,6 +191,14 @@ def test_memory_is_told_where_it_does_not_suffice(monkeypatch):
         if remedy:
             assert said[0].startswith("preflight: memory: a step takes")
             assert remedy in said[0]
+
+
+def test_a_dry_run_prints_the_table():
+    here, said = accelerator()
+    check_memory(GRPOConfig(model=TINY, dry_run=True), TINY, LOAD, here)
+    (table,) = said
+    for word in ("weights", "gradients", "optimizer", "reference", "cache", "activations", "logits", "free"):
+        assert word in table
 
 
 def test_the_longest_texts_are_found():

@@ -34,9 +34,23 @@ ROOMS = {
     "answers": ["data", "exam", "runs.lines", "runs.records"],
     "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
     "rewards": ["prompts", "rewards.*"],
-    "rollouts": ["batches", "data", "inference", "prompts", "rewards.*"],
+    "rollouts": ["batches", "data", "inference", "memory", "prompts", "rewards.*"],
     "credit": ["losses", "rewards.*", "rollouts"],
     "updates": ["batches", "losses", "optimizers", "rollouts"],
+    "rehearsal": [
+        *[
+            "batches",
+            "data",
+            "inference",
+            "models",
+            "preflight",
+            "prompts",
+            "rewards.*",
+            "rollouts",
+            "runs.*",
+        ],
+        "sharding",
+    ],
     "runs": ["models", "runs.*", "sharding"],
     "runs.config": [],
     "runs.console": [],
@@ -72,12 +86,13 @@ ROOMS = {
     ],
     # Verbs: what a person runs. Nobody imports them.
     "train_sft": [
-        *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "preflight", "prompts"],
-        *["sharding", "inference.*", "runs.*", "tiny"],
+        *["batches", "data", "exam", "losses", "memory", "models", "optimizers", "plan", "preflight"],
+        *["prompts", "rehearsal", "sharding", "inference.*", "runs.*", "tiny"],
     ],
     "train_grpo": [
-        *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "preflight"],
-        *["prompts", "rollouts", "sharding", "tokenizer", "updates", "inference.*", "rewards.*", "runs.*"],
+        *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "plan"],
+        *["preflight", "prompts", "rehearsal", "rollouts", "sharding", "tokenizer", "updates"],
+        *["inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
     "evaluate": [
@@ -110,6 +125,7 @@ GUARDED = {
             "models",
             "optimizers",
             "plan",
+            "rehearsal",
             "rollouts",
             "runs.*",
             "sharding",
@@ -132,6 +148,7 @@ GUARDED = {
         "models",
         "optimizers",
         "preflight",
+        "rehearsal",
         "runs.*",
         "sharding",
         "train_grpo",
