@@ -37,6 +37,8 @@ EIGHT_BIT_FROM = 4096
 # What the library's blocks keep, over what ours do: 1.0 to 1.3 on Gemma, Granite, Phi and Qwen2. Attention
 # that keeps its weights, as GPT-2's with its dropout, takes more.
 LIBRARY_FACTOR = 1.3
+# Copies of all logits of a micro-batch, where they are not made in chunks: 5 on Granite and Phi, 6 on Gemma.
+WHOLE_LOGITS = 6
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,8 @@ def _learning(case: Case, budget: int) -> list[Part]:
     config, load, shape = case.config, case.load, Shape.of(case.model)
     rows = max(1, min(load.rows, budget // (load.prompt + load.completion)))
     note = f"{rows} rows of {load.prompt:,} + {load.completion:,} tokens"
-    is_packed = is_llama(without_adapter(case.model), load.prompt + load.completion) and not case.critic
+    is_ours = is_llama(without_adapter(case.model), load.prompt + load.completion)
+    is_packed = is_ours and not case.critic
     is_checkpointed = config.gradient_checkpointing
     kept = shape.kept_bytes(load, rows, case.is_half, is_packed, is_checkpointed, config.lora_dropout)
     kept += shape.backward_bytes(load, rows, case.is_half) + case.unpacked
@@ -335,12 +338,19 @@ def _learning(case: Case, budget: int) -> list[Part]:
     if case.is_half:
         copied = case.half_bytes(trained_only=is_checkpointed)
         parts.append(Part("half precision", "copies of matrices", learning=copied))
-    chunk = min(rows * load.completion, max(1, MAX_CHUNK_LOGITS // shape.vocabulary))
+    return [*parts, _logits(case, rows * load.completion, shape.vocabulary, is_ours)]
+
+
+def _logits(case: Case, tokens: int, vocabulary: int, in_chunks: bool) -> Part:
+    """Of a micro-batch's tokens; where they may be more than a product, they are made all at once."""
+    if not in_chunks:
+        size = 4 * WHOLE_LOGITS * tokens * vocabulary
+        return Part("logits", f"{tokens:,} tokens of {vocabulary:,}", learning=size)
+    chunk = min(tokens, max(1, MAX_CHUNK_LOGITS // vocabulary))
     # Three copies going up; going down two, and the head's gradient before it is added to the others'.
-    down = (10 if case.is_half else 8) * chunk * shape.vocabulary
-    down += case.head.requires_grad * 8 * case.head.numel()
-    note = f"{chunk:,} tokens of {shape.vocabulary:,}"
-    return [*parts, Part("logits", note, learning=max(12 * chunk * shape.vocabulary, down))]
+    down = (10 if case.is_half else 8) * chunk * vocabulary + case.head.requires_grad * 8 * case.head.numel()
+    size = max(12 * chunk * vocabulary, down)
+    return Part("logits", f"{chunk:,} tokens of {vocabulary:,}", learning=size)
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,12 @@ def test_a_line_stands_for_what_a_configuration_asks_for(folder):
     assert parts_of(config(folder, optimizer="muon"))[1]["workspace"].stepping > 0
 
 
+def test_logits_that_are_more_than_a_product_are_planned_all_at_once(tmp_path, chat_tokenizer):
+    save_model(tmp_path, build("gemma3_text", vocab_size=32_000), copy.deepcopy(chat_tokenizer))
+    parts = parts_of(config(str(tmp_path)))[1]
+    assert parts["logits"].learning >= 5 * 4 * 10 * 40 * 32_000  # 10 rows of 20 + 40 in 600 tokens
+
+
 def test_what_is_fitted_to_memory_does_not_count_as_held(folder):
     few, many = (parts_of(config(folder, micro_batch_tokens=n))[0] for n in (60, 1920))
     assert few.held == many.held == many.sums[2]
