@@ -131,7 +131,7 @@ def rehearse_grpo(training: Any, take_step: TakeStep) -> Rehearsal:
     # From those that ended something can be learned.
     spared = () if seen["rollout/truncated_fraction"] == 1 else ("truncated",)
     hopeless = [f.cause for f in found if f.cause in HOPELESS and f.cause not in spared]
-    exam_s = config.eval_limit * asked_s / (len(groups) * config.group_size)
+    exam_s = len(training.held_out) * asked_s / (len(groups) * config.group_size)
     rows = [(span, ""), *_answers(groups, seen), *_asking(training, seen), *memory]
     return Rehearsal(rows + _time(training, step_s, exam_s), found, hopeless)
 
@@ -300,12 +300,14 @@ def _memory(training: Any, metrics: Mapping[str, float]) -> Rows:
 
 
 def _time(training: Any, step_s: float, exam_s: float | None = None) -> Rows:
-    """How long it will take and what that costs; an evaluation takes about `exam_s`, where that is known."""
+    """How long it will take and what that costs; an evaluation takes about `exam_s`: None for supervised
+    training, where nothing tells, and nothing is evaluated before the first step.
+    """
     config, done, total = training.config, training.run.step, training.config.total_steps
     ends = {*range(config.eval_every, total, config.eval_every), total} if config.eval_every else set()
-    exams = sum(step > done for step in ends)
+    exams = sum(step > done for step in ends) + bool(ends and done == 0 and exam_s is not None)
     hours = ((total - done) * step_s + exams * (exam_s or 0.0)) / 3600
-    beside = "" if exam_s else ", whose time is not in it"
+    beside = ", whose time is not in it" if exam_s is None else ""
     cost = f"{hours * config.price_per_hour:,.2f} at {config.price_per_hour:g} an hour"
     return [
         ("a step", f"{step_s:.2f} s"),

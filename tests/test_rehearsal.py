@@ -102,9 +102,11 @@ def test_the_longest_sequences_fill_two_parts(tmp_path):
     training.scorer.close()
 
 
-@pytest.mark.parametrize(("done", "exams"), [(0, 4), (25, 3), (30, 3), (89, 1)])
+@pytest.mark.parametrize(("done", "exams"), [(0, 5), (25, 3), (30, 3), (89, 1)])
 def test_time_and_cost_are_of_what_is_left(done, exams):
-    config = SimpleNamespace(total_steps=90, eval_every=25, price_per_hour=2.0)  # evaluated at 25, 50, 75, 90
+    config = SimpleNamespace(
+        total_steps=90, eval_every=25, price_per_hour=2.0
+    )  # evaluated at 0, 25, 50, 75, 90
     training = SimpleNamespace(config=config, run=SimpleNamespace(step=done))
     rows = dict(_time(training, step_s=60.0, exam_s=600.0))
     minutes = 90 - done + 10 * exams
@@ -112,6 +114,12 @@ def test_time_and_cost_are_of_what_is_left(done, exams):
     assert rows["a step"] == "60.00 s"
     assert rows["time to the end"] == f"{told} for {90 - done} steps and {exams} evaluations"
     assert rows["cost"] == f"{minutes / 30:.2f} at 2 an hour"
+    config.price_per_hour, config.eval_every = 0.0, 0
+    rows = dict(_time(training, step_s=60.0))
+    assert rows["time to the end"].endswith(
+        f"for {90 - done} steps and 0 evaluations, whose time is not in it"
+    )
+    assert "--price_per_hour" in rows["cost"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,7 +171,7 @@ def test_a_healthy_run_may_begin_and_is_told_what_it_will_take(tmp_path, capsys)
     assert 20 < ended < 60
     assert rows["EOS"] == f"<|end|> ended {ended:.1f}%; the chat template ends a turn with it"
     assert rows["memory"].endswith("in an update of 16 rows of 13 + 150 tokens")
-    assert rows["time to the end"].endswith("for 4 steps and 2 evaluations")
+    assert rows["time to the end"].endswith("for 4 steps and 3 evaluations")
     # A unit of money a second.
     minutes = float(rows["time to the end"].split()[0])
     assert float(rows["cost"].split()[0].replace(",", "")) == pytest.approx(60 * minutes, abs=3.1)
