@@ -132,6 +132,21 @@ def go_back(config):
         assert train_grpo.main(config) == 0
 
 
+def poison_one(config, accelerator):
+    """A run in which the loss of the last process alone is once not a number."""
+    calls, micro_loss = [], updates.micro_loss
+
+    def poisoned(*arguments):
+        loss, stats = micro_loss(*arguments)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 2 else loss), stats
+
+    with pytest.MonkeyPatch.context() as patch:
+        if accelerator.is_last_process:
+            patch.setattr(updates, "micro_loss", poisoned)
+        assert train_grpo.main(config) == 0
+
+
 def main(folder, words):
     if "half" in words:  # as on a GPU
         for module in (models, train_grpo):
@@ -152,6 +167,8 @@ def main(folder, words):
         assert train_grpo.main(grpo(folder / "resumed")) == 0
     if "stopped" in words:
         stop_and_go_on(grpo(folder / "stopped"), accelerator)
+    if "poisoned" in words:
+        poison_one(grpo(folder / "poisoned"), accelerator)
     if "back" in words:
         go_back(grpo(folder / "back"))
     if "lora" in words:

@@ -156,6 +156,29 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 
 
 @pytest.mark.slow
+def test_a_place_that_cannot_be_written_for_a_while_costs_a_checkpoint_and_not_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    checkpoint = runs.folder.Run.checkpoint
+
+    def blocked_at_2(run):
+        place, aside = run.folder / "checkpoints", run.folder / "aside"
+        if run.step == 2:
+            place.rename(aside)
+            place.touch()
+        checkpoint(run)
+        if run.step == 2:
+            place.unlink()
+            aside.rename(place)
+
+    monkeypatch.setattr(runs.folder.Run, "checkpoint", blocked_at_2)
+    assert train_grpo(quick_grpo(tmp_path, eval_every=0, save_every=1, keep_checkpoints=9)) == 0
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["step-000001", "step-000003", "step-000004"]
+    assert "step 2: the checkpoint could not be written" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_full_disk_at_the_end_says_so_and_the_same_command_finishes(tmp_path, monkeypatch, small_files):
     finish = runs.folder.Run.finish
 

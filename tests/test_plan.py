@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import plan as plan_module
 from batches import pad_batch
-from models import TINY, Policy, build_tiny_tokenizer, checkpoint_activations, save_model
+from models import Policy, checkpoint_activations, save_model
 from optimizers import make_optimizer
 from plan import MIB, Load, Shape, empty_model, optimizer_bytes, plan_memory, weight_bytes
+from tiny import TINY, build_tiny_tokenizer
 from train_grpo import GRPOConfig
 
 ROOT = Path(__file__).parent.parent

@@ -189,7 +189,7 @@ def alone():
 def sharded_runs(tmp_path_factory):
     """What two processes left that hold a part of the model each."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch(folder, "fsdp2.yaml", "runs", "killed", "stopped", "back", "lora")
+    launch(folder, "fsdp2.yaml", "runs", "killed", "stopped", "back", "poisoned", "lora")
     return folder
 
 
@@ -214,11 +214,18 @@ def is_the_same_update(together, alone):
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-9)
 
 
+def is_left_out_by_all(run):
+    """The update that was not a number on one process alone moved no weight of any."""
+    bad = [line["train/bad_updates"] for line in lines(run / "metrics.jsonl")]
+    assert sum(bad) == 1
+    assert all(torch.isfinite(weight).all() for weight in weights(run / "final").values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "words", "nodes"),
     [
-        ("ddp.yaml", ["runs"], 1),  # a cold start and what follows, in the same processes
+        ("ddp.yaml", ["runs", "poisoned"], 1),  # a cold start and what follows, in the same processes
         ("ddp_two_nodes.yaml", [], 2),
         ("fsdp2_zero2.yaml", [], 1),
     ],
@@ -227,6 +234,8 @@ def test_two_processes_sample_the_same_and_take_the_same_gradient_as_one(alone, 
     together = launch(tmp_path, file, *words, nodes=nodes)
     is_the_same_update(together, alone)
     assert together["held"] == alone["held"] / (2 if file.startswith("fsdp2") else 1)
+    if "poisoned" in words:
+        is_left_out_by_all(tmp_path / "poisoned")
 
 
 @pytest.mark.slow
@@ -307,3 +316,8 @@ def test_what_a_sharded_run_leaves_is_whole_and_can_be_exported(sharded_runs, tm
     assert export.main(ExportConfig(run=str(sharded_runs / "lora"), to=str(to), merge=True)) == 0
     base, tuned = weights(sharded_runs / "grpo" / "final"), weights(to)
     assert (base["model.layers.0.mlp.up_proj.weight"] - tuned["model.layers.0.mlp.up_proj.weight"]).any()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_sharded_process_is_left_out_by_both(sharded_runs):
+    is_left_out_by_all(sharded_runs / "poisoned")
