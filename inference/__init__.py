@@ -55,7 +55,7 @@ class Completion:
         finish_reason: "stop" (EOS), "length" (the limit) or "cancelled".
         self_certainty: KL divergence from the uniform distribution to the model's own (temperature 1, nothing
             cut), the mean over the tokens, in nats; None where it was not asked for, or cannot be measured.
-            Source: arXiv 2502.18581, section 3.
+            Source: arXiv 2502.18581.
     """
 
     token_ids: list[int]

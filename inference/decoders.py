@@ -196,7 +196,7 @@ class WindowDecoder(LlamaDecoder):
 
     def _scores(self, query: Tensor, keys: Tensor) -> Tensor:
         scores = super()._scores(query, keys)
-        if self.back:
+        if self.back is not None:
             scores[..., : self.sinks] = turn(query, *self.back) @ keys[:, :, : self.sinks].mT
         return scores
 

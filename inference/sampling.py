@@ -40,7 +40,7 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
 def self_certainty(logits: Tensor) -> Tensor:
     """KL divergence `[B]` from the uniform distribution to that of logits `[B, V]`, in nats.
 
-    Source: arXiv 2502.18581, section 3.
+    Source: arXiv 2502.18581.
     """
     logprobs = warp(logits, SamplingParams())
     return -logprobs.mean(-1) - math.log(logits.shape[-1])

@@ -200,7 +200,7 @@ def _result(candidates: list[Candidate]) -> SearchResult:
 
 
 def best_of_n(query: Query, n: int = 8, score: Scorer = mean_logprob) -> SearchResult:
-    """Sample `n` candidates and take the one with the highest score."""
+    """Sample `n` candidates and take the one with the highest score among those that give an answer."""
     return _result(_scored(query, query.sample(n), score))
 
 

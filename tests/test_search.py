@@ -1,13 +1,18 @@
 import copy
 import itertools
+import re
 import runpy
+import sys
+import textwrap
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import lines
 from scripted import ByteTokenizer, ScriptedEngine
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -29,6 +34,7 @@ from inference.search import (
 from rewards import RewardError, parse_rewards, score
 from rewards.verify import final_answer, same_answers
 
+DOCUMENT = Path(__file__).parent.parent / "docs/search.md"
 WARM = SamplingParams(max_completion_tokens=12, temperature=0.9)
 
 
@@ -72,17 +78,24 @@ def ask(*given, logprobs=None):
 # What all searches share
 
 
-def test_the_documented_lines_run(tiny, tmp_path, capsys):
-    model, tokenizer = tiny
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    lines = [line.strip() for line in search.__doc__.splitlines() if line.startswith("    ")]
-    assert len(lines) == 3
-    imports = "from inference.chat import load_chat_model\nfrom inference.search import *\n"
+def test_the_documented_lines_run(tiny, reward_folder, tmp_path, capsys):
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
     script = tmp_path / "script.py"
-    script.write_text(imports + "\n".join(lines).replace("outputs/grpo/final", str(tmp_path)))
-    found = runpy.run_path(str(script))["found"]
-    assert capsys.readouterr().out.split()[-1] == str(found.tokens)
+    code = "".join(textwrap.dedent(block) for _, block in blocks)
+    code = code.replace("outputs/grpo/final", str(tmp_path))
+    script.write_text(code.replace("outputs/reward_model", str(reward_folder)))
+    names = runpy.run_path(str(script))
+    assert capsys.readouterr().out.split()[-1] == str(names["found"].tokens)
+    model = names["model"]
+    query = Query(model.engine, model.tokenizer, "1 + 2 = ?", WARM)
+    for scorer in (names["by_rewards"], names["by_reward_model"]):
+        found = best_of_n(query, 3, scorer)
+        assert [c.score for c in found.candidates] == scorer("1 + 2 = ?", found.candidates)
+    # The module's own example is the same.
+    lines = [line.strip() for line in search.__doc__.splitlines() if line.startswith("    ")]
+    assert "\n".join(lines) in blocks[0][1]
 
 
 class Metered:
@@ -528,3 +541,23 @@ def test_the_built_in_model_is_cut_at_the_token(tiny):
     # What follows is what the model says after such a beginning.
     beginning = [*query.prompt_ids, *(token.token_id for token in tokens[:7])]
     assert list(engine.stream(beginning, SamplingParams(33), (0, 1))) == tokens[7:]
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_every_method_at_every_size(tiny, tmp_path, monkeypatch, capsys):
+    from benchmarks.search import METHODS, main
+
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    options = {
+        "--model": tmp_path,
+        "--limit": 3,
+        "--max_completion_tokens": 8,
+        "--json": tmp_path / "rows.jsonl",
+    }
+    monkeypatch.setattr(sys, "argv", ["search.py", *(str(part) for pair in options.items() for part in pair)])
+    main()
+    rows = lines(tmp_path / "rows.jsonl")
+    assert [(row["method"], row["size"]) for row in rows] == [(m, n) for m in METHODS for n in METHODS[m][0]]
+    assert all((row["n"], row["accuracy"]) == (3, 0.0) and row["tokens"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)
