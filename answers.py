@@ -2,7 +2,8 @@
 
 A line of `samples.jsonl` holds all answers to one problem and the key of how they were asked for: the model
 and when its weights were written, the prompt's form, the sampling. Answers of another key are left alone, so
-one folder may hold several evaluations, and an old answer is never taken for that of new weights.
+one folder may hold several evaluations, and an old answer is never taken for that of new weights in a folder.
+What stands behind a server or a Hub name is not looked at.
 """
 
 import hashlib

@@ -168,7 +168,10 @@ def load_exam(config: EvaluateConfig) -> tuple[list[Problem], int | None]:
         random.Random(config.shuffle_seed).shuffle(problems)
     seen = None
     if config.train_data:
-        trained = {_plain(p.question) for p in load_problems(config.train_data, "train", require_gold=False)}
+        same = load if config.train_data == config.data else {}
+        trained = {
+            _plain(p.question) for p in load_problems(config.train_data, "train", require_gold=False, **same)
+        }
         if config.contaminated == "drop":
             kept = [problem for problem in problems if _plain(problem.question) not in trained]
             seen, problems = len(problems) - len(kept), kept[: config.limit]
@@ -207,7 +210,8 @@ def examine(
     def ask(kind: str, temperature: float, n: int) -> list[list[Answer]]:
         params = SamplingParams(config.max_completion_tokens, temperature)
         form = {"prompt": render_prompt(tokenizer, ""), "params": asdict(params), "n": n, "seed": config.seed}
-        key = key_of(model=name, stamp=weights_stamp(name), url=config.engine_url, **form)
+        served = {"url": config.engine_url, "served": config.served_model}
+        key = key_of(model=name, stamp=weights_stamp(name), **served, **form)
         known = book.known(key, problems)
 
         def keep(number: int, answers: list[Answer]) -> None:

@@ -150,6 +150,7 @@ def group_state(group: Group) -> dict[str, Any]:
     """A group as plain values, without its problem's columns: what a checkpoint can hold."""
     return {
         "number": group.number,
+        "answer_style": group.answer_style,
         "question": group.problem.question,
         "gold": group.problem.gold,
         "prompt_ids": list(group.prompt_ids),
@@ -164,7 +165,8 @@ def restore_group(state: dict[str, Any]) -> Group:
     completions = [Completion(**completion) for completion in state["completions"]]
     scores = Scores(**state["scores"])
     problem = Problem(state["question"], state["gold"])
-    return Group(state["number"], problem, state["prompt_ids"], completions, state["texts"], scores)
+    of_prompt = (state["number"], problem, state["prompt_ids"])
+    return Group(*of_prompt, completions, state["texts"], scores, state["answer_style"])
 
 
 @dataclass

@@ -329,7 +329,7 @@ def train_step(training: Training) -> dict[str, float]:
             hand.updates.append(update(*movers, batch, rows, config, kl_coef, critic_only))
     except StepStopped:
         seconds["time/update_s"] += time.perf_counter() - began
-        run.memory["in_hand"] = gather_object([step_state(hand)])
+        run.memory["in_hand"] = gather_object([step_state(hand) | {"knobs": step_knobs(config)}])
         raise
     seconds["time/update_s"] += time.perf_counter() - began
 
@@ -475,6 +475,19 @@ def build_reference(config: GRPOConfig, policy: Policy) -> nn.Module:
     return Policy(config.load_weights(config.model)[0]).requires_grad_(False)
 
 
+def step_knobs(config: GRPOConfig) -> list[Any]:
+    """What a step in hand was laid out by."""
+    names = (
+        "group_size",
+        "updates_per_rollout",
+        "epochs_per_rollout",
+        "replay_groups",
+        "baseline",
+        "kl_coef",
+    )
+    return [getattr(config, name) for name in names]
+
+
 def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
     """Begin `run.memory`, or take up what a checkpoint kept of it."""
     restored = run.memory
@@ -491,7 +504,9 @@ def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
                 f"resume: the checkpoint was left in the middle of a step of {len(in_hand)} processes; go on "
                 f"with as many, got {run.accelerator.num_processes}"
             )
-        run.memory["in_hand"] = in_hand
+        # Laid out by other knobs, the step begins anew.
+        if in_hand[0]["knobs"] == step_knobs(config):
+            run.memory["in_hand"] = in_hand
     moving = {"critic": critic, "reference": reference if config.ref_sync_steps else None}
     for name, module in moving.items():
         if module is not None:

@@ -174,7 +174,7 @@ def set_up(config: SFTConfig, start: Start, accelerator: Accelerator) -> Trainin
         source = str(start.checkpoint or config.model)
         tokenizer = config.load_tokenizer(source)
         where = config.data_arguments()
-        problems = load_problems(config.data, "cold_start", limit=config.limit, **where)
+        problems = load_problems(config.data, "cold_start", limit=config.limit, require_gold=False, **where)
         examples, told = encode_examples(problems, tokenizer, config)
         held_out = load_problems(config.data, "validation", **where) if config.eval_every else []
         lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples]

@@ -84,11 +84,13 @@ class Turn:
         question: as asked.
         reading: of its answer.
         votes: where several answers voted, all of them.
+        model: that answered.
     """
 
     question: str
     reading: Reading | None = None
     votes: tuple[Reading, ...] = ()
+    model: str = ""
 
 
 @dataclass(frozen=True)

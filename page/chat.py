@@ -84,11 +84,11 @@ def _short(text: str) -> str:
     return line if len(line) <= 40 else line[:40] + "…"
 
 
-def elected(question: str, votes: Sequence[Reading]) -> Turn:
+def elected(turn: Turn, votes: Sequence[Reading]) -> Turn:
     """The turn with the answer that most votes give, the first of equals; where none answers, the first."""
     groups = _ballots(votes)
     winner = max(groups, key=len)[0] if groups else 0
-    return Turn(question, votes[winner], tuple(votes))
+    return replace(turn, reading=votes[winner], votes=tuple(votes))
 
 
 def _no_answer(reading: Reading) -> str:
@@ -123,13 +123,15 @@ class Conversation:
 
     turns: list[Turn] = field(default_factory=list)
     attempt: int = 0
+    answering: bool = False  # also between two votes, each of which is whole
 
     @property
     def is_answering(self) -> bool:
         """The last question still waits for the end of its answer."""
-        return bool(self.turns) and (
+        is_open = bool(self.turns) and (
             self.turns[-1].reading is None or not self.turns[-1].reading.finish_reason
         )
+        return self.answering or is_open
 
     def ask(self, question: str) -> None:
         """Add a question, checked."""
@@ -208,6 +210,8 @@ class ChatPage:
 
     def undo(self, conversation: Conversation):
         """The last question goes back to where it was typed."""
+        if conversation.is_answering:
+            raise refusal("An answer is being written. Stop it first.")
         question = conversation.turns.pop().question if conversation.turns else ""
         return self._messages(conversation), "", question
 
@@ -216,7 +220,7 @@ class ChatPage:
         conversation.turns, conversation.attempt = [], 0
         return self._idle(conversation)
 
-    def like(self, conversation: Conversation, name: str, event: gr.LikeData):
+    def like(self, conversation: Conversation, event: gr.LikeData):
         """An answer is liked or disliked: it is kept for the next cold start, or as a warning."""
         if event.liked not in (True, False):  # a choice taken back
             return
@@ -225,16 +229,18 @@ class ChatPage:
         turn = conversation.turns[rows[index][0]] if 0 <= index < len(rows) else None
         if turn is None or turn.reading is None or conversation.is_answering:
             raise refusal("There is no finished answer to judge.")
+        if event.liked and turn.reading.finish_reason != "stop":
+            raise refusal("An answer that was cut or stopped is no example to learn from.")
         try:
-            file = feedback.keep(Path(self.config.feedback), event.liked, turn, name)
+            file = feedback.keep(Path(self.config.feedback), event.liked, turn)
         except OSError as error:
             raise refusal(f"The answer could not be kept: {error}") from error
         gr.Info(f"Kept in {file}.", duration=3)
 
-    def export(self, conversation: Conversation, name: str) -> str:
+    def export(self, conversation: Conversation) -> str:
         """The conversation as worked examples, in a file to download."""
         file = Path(tempfile.mkdtemp()) / "conversation.jsonl"
-        file.write_text(feedback.lines(conversation.turns, name), encoding="utf-8")
+        file.write_text(feedback.lines(conversation.turns), encoding="utf-8")
         return str(file)
 
     def answer(
@@ -252,6 +258,7 @@ class ChatPage:
         params = SamplingParams(int(max_completion_tokens), temperature, top_p=top_p)
         turns, key = conversation.turns, (int(seed or 0), conversation.attempt)
         cast: list[Reading] = []
+        conversation.answering = True
         try:
             if votes > 1 and temperature == 0:
                 raise refusal("At temperature 0 all votes would be the same; the settings can raise it.")
@@ -259,16 +266,18 @@ class ChatPage:
             for vote in range(int(votes)):
                 asked = (params, (*key, vote) if vote else key, int(budget or 0) or None)
                 for reading in self._readings(model, turns, *asked):
-                    turns[-1] = replace(turns[-1], reading=reading)
+                    turns[-1] = replace(turns[-1], reading=reading, model=name)
                     which = f"vote {vote + 1} of {votes:.0f} · " if votes > 1 else ""
                     yield self._messages(conversation), which + told(turns[-1])
                 cast.append(reading)
             if votes > 1:
-                turns[-1] = elected(turns[-1].question, cast)
+                turns[-1] = elected(turns[-1], cast)
                 yield self._messages(conversation), told(turns[-1])
         except gr.Error:
             turns.pop()
             raise
+        finally:
+            conversation.answering = False
 
     def settle(self, conversation: Conversation):
         """The answer is over; where it was stopped, it says so."""
@@ -380,9 +389,9 @@ class ChatPage:
         for event in answering:
             event.then(self.settle, conversation, shown, **hidden)
         question.stop(None, cancels=answering, **hidden)
-        bot.like(self.like, [conversation, name], None, **hidden)
+        bot.like(self.like, conversation, None, **hidden)
         export = gr.DownloadButton("Export as JSONL", size="sm", elem_id="export")
-        export.click(self.export, [conversation, name], export, **hidden)
+        export.click(self.export, conversation, export, **hidden)
         bot.undo(self.undo, conversation, shown, **hidden)
         bot.clear(None, cancels=answering, **hidden).then(self.clear, conversation, shown, **hidden)
         gr.api(self.answer_once, api_name="ask", **engine)

@@ -43,11 +43,13 @@ class RunsPage:
         if run is None:
             return f"<p>No run under {escape(str(self.folder))} yet: train one.</p>"
         # One line, as Markdown wants its HTML.
-        page = escape(report_page(run), quote=True).replace("\n", "&#10;")
+        page = escape(report_page(run), quote=True).replace("\n", "&#10;").replace("\r", "&#13;")
         return f'<iframe sandbox="" srcdoc="{page}" title="report" class="report"></iframe>'
 
     def rollouts(self, name: str | None, which: str, step: int | None) -> list[list[Any]]:
-        """The rows of the table: the run's first and last rollouts that pass the filter."""
+        """The rows of the table: of a step, or the run's first and last ones (a megabyte each), that pass the
+        filter.
+        """
         return [
             [self._cell(row.get(column)) for column in COLUMNS[:-1]] + [_short(row["completion"])]
             for row in self._rows(name, which, step)
@@ -77,10 +79,12 @@ class RunsPage:
         run = self.run(name)
         if run is None or not (run / "rollouts.jsonl").is_file():
             return []
-        first, last = read_ends(run / "rollouts.jsonl")
-        rows = first + [row for row in last if row not in first]
         keeps = FILTERS[which]
-        return [row for row in rows if (not step or row["step"] == step) and keeps(row)][:ROWS]
+        if step:
+            return [row for row in _of_step(run / "rollouts.jsonl", int(step)) if keeps(row)][:ROWS]
+        first, last = (list(filter(keeps, rows)) for rows in read_ends(run / "rollouts.jsonl"))
+        half = ROWS // 2
+        return first[:half] + [row for row in last[-half:] if row not in first[:half]]
 
     def _cell(self, value: Any) -> Any:
         return round(value, 3) if isinstance(value, float) else value
@@ -114,6 +118,13 @@ class RunsPage:
         for event in (None, chosen.change, which.change, step.change):
             gr.on(event, self.rollouts, asked, table, **hidden)
         table.select(self.whole, asked, rollout, **hidden)
+
+
+def _of_step(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rollouts of a step; a line begins with its step, and only that is read of the others'."""
+    begins = f'{{"step": {step},'
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.startswith(begins) and line.endswith("\n")]
 
 
 def _short(text: str) -> str:

@@ -303,8 +303,10 @@ class Notes:
     def _log_extra(self, column: str, values: Sequence[Any]) -> None:
         if len(values) != self.count:
             raise ValueError(f"log_extra({column!r}) takes {self.count} values, got {len(values)}")
+        # By type, not by family: a float of NumPy's is a float, and no checkpoint could be read with it.
         plain = (str, int, float, bool, type(None))
-        self.extra[column] = [value if isinstance(value, plain) else str(value) for value in values]
+        kept = [float(value) if isinstance(value, float) else value for value in values]
+        self.extra[column] = [value if type(value) in plain else str(value) for value in kept]
 
 
 def judge_problem(

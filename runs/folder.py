@@ -107,6 +107,8 @@ def open_run(config: Any) -> Start:
     before = yaml.safe_load((folder / "config.yaml").read_text())
     _refuse_changes(before, yaml.safe_load(to_yaml(config)), folder)
     is_finished = (folder / "final" / MANIFEST).is_file() and before["total_steps"] >= config.total_steps
+    ends = ("target_accuracy", "patience")
+    is_finished = is_finished and all(before.get(end) == getattr(config, end) for end in ends)
     return Start(folder, latest_checkpoint(folder), is_finished)
 
 
@@ -119,6 +121,9 @@ def write_run(start: Start, config: Any, model: Any = None) -> None:
     start.folder.mkdir(parents=True, exist_ok=True)
     lock.take(start.folder)
     shutil.rmtree(start.folder / "final", ignore_errors=True)
+    if config.resume != "auto" and not start.is_rollback:  # a rate that was asked for is not halved again
+        for file in start.folder.glob("incidents/rollback-*.json"):
+            file.unlink()
     if start.checkpoint is not None and start.checkpoint.resolve().parent == checkpoints.resolve():
         for later in list_checkpoints(start.folder):
             if later.name > start.checkpoint.name:
@@ -247,7 +252,8 @@ class Run:
         self.weights, self.tokenizer = weights, tokenizer
         self.optimizer, self.scheduler = optimizer, scheduler
         self.step, self.drawn, self.best_accuracy, self.evaluated_step = 0, 0, -1.0, None
-        self.not_better, self.enough = 0, None
+        self.not_better, self.last_accuracy, self.enough = 0, None, None
+        self.origin = start.checkpoint
         self.memory: dict[str, Any] = {}
         self.stop = StopRequest()
         self.bad_in_a_row = 0
@@ -321,7 +327,7 @@ class Run:
             )
         # What runs away has done so for a window of steps; bad updates have changed nothing.
         since = self.step - (0 if self.bad_in_a_row >= self.config.max_bad_updates else WINDOW)
-        checkpoint = latest_checkpoint(self.folder, self.log.console.warn, until=since)
+        checkpoint = latest_checkpoint(self.folder, self.log.console.warn, until=since) or self.origin
         told = {"cause": self.diverged, "to": str(checkpoint)}
         self._keep_incident(f"rollback-{self.rollbacks + 1}", told)
         self.log.console.warn(
@@ -335,8 +341,11 @@ class Run:
     def _keep_incident(self, name: str, told: dict[str, Any]) -> Path:
         file = self.folder / "incidents" / f"{name}.json"
         if self.accelerator.is_main_process:
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps({"step": self.step, **told}, ensure_ascii=False))
+            try:
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(json.dumps({"step": self.step, **told}, ensure_ascii=False))
+            except OSError as error:
+                self.log.console.warn(f"{file} could not be written ({error})")
         return file
 
     def checkpoint(self) -> None:
@@ -349,7 +358,7 @@ class Run:
             "best_accuracy": self.best_accuracy,
             "evaluated_step": self.evaluated_step,
             "not_better": self.not_better,
-            "enough": self.enough,
+            "last_accuracy": self.last_accuracy,
             "memory": self.memory,
             "threads": torch.get_num_threads(),
             "optimizer": whole_state(self.optimizer, self.accelerator.is_main_process),
@@ -394,7 +403,7 @@ class Run:
         self.log.found(found)
         accuracy = figures["accuracy_strict"]
         self.not_better = 0 if accuracy > self.best_accuracy else self.not_better + 1
-        self.enough = self._why_enough(accuracy)
+        self.last_accuracy, self.enough = accuracy, self._why_enough(accuracy)
         if accuracy > self.best_accuracy:
             # Not before it is there: where the disk is full, the next evaluation as good may try again.
             if error := self._write(lambda save: write_folder(self.folder / "best", save)):
@@ -432,8 +441,12 @@ class Run:
             told = f"final model: {self.folder / 'final'}"
         self.log.console.say(told, always=True)
         if self.accelerator.is_main_process:
-            write_report(self.folder)
-            self.log.console.say(f"learning curve: {self.folder / 'report.html'}")
+            try:
+                self.log.flush()
+                write_report(self.folder)
+                self.log.console.say(f"learning curve: {self.folder / 'report.html'}")
+            except OSError as error:
+                self.log.console.warn(f"{self.folder / 'report.html'} could not be written ({error})")
             lock.release(self.folder, os.getpid())
         self.log.close()
         return stop.exit_code if stop.agreed else 0
@@ -454,7 +467,9 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.drawn, self.best_accuracy = state["step"], state["drawn"], state["best_accuracy"]
         self.evaluated_step, self.not_better = state["evaluated_step"], state["not_better"]
-        self.enough = state["enough"]
+        self.last_accuracy = state["last_accuracy"]
+        if self.last_accuracy is not None:
+            self.enough = self._why_enough(self.last_accuracy)  # by what is asked for now
         self.memory = state["memory"]
         torch.set_num_threads(state["threads"])  # sums of floats depend on it in their last bits
         load_whole_state(self.optimizer, state["optimizer"])

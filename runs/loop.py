@@ -39,7 +39,7 @@ def train(set_up: Callable[[Start], AbstractContextManager[Work]], start: Start)
     while True:
         with set_up(start) as work:
             train_on(work)
-            if not work.run.diverged:
+            if work.run.stop.agreed or not work.run.diverged:
                 return work.run.finish()
             start = work.run.roll_back()
         work.run.accelerator.free_memory()
@@ -56,6 +56,7 @@ def train_on(work: Work) -> None:
             while run.step < config.total_steps and not stop.agreed and not run.enough:
                 work.step()
                 if run.diverged:
+                    stop.agree()  # then what went wrong is not saved, and the same command goes back
                     return
                 evaluate_if_due(work)
                 is_last = run.step == config.total_steps or run.enough

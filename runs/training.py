@@ -94,7 +94,8 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     max_bad_updates: int = 5
-    """An update whose loss or gradient is not finite is left out; after so many in a row the run stops."""
+    """An update whose loss or gradient is not finite is left out; after so many in a row the run has
+    diverged (see max_rollbacks)."""
     max_rollbacks: int = 2
     """A run that diverges (too many bad updates; entropy, KL or length running away) goes back to a good
     checkpoint at half the learning rate, at most so often; then it stops."""

@@ -318,6 +318,17 @@ def test_a_run_ends_where_it_is_good_enough_or_gets_no_better(
         assert why in run.enough
 
 
+def test_whether_it_is_enough_is_decided_by_what_is_asked_now(config, make_run):
+    run = make_run(dataclasses.replace(config, patience=1))
+    train(run, 2)
+    for _ in range(2):
+        run.evaluated("validation", figures(0.3))
+    assert run.enough
+    run.checkpoint()
+    assert make_run(dataclasses.replace(config, patience=3)).enough is None
+    assert make_run(dataclasses.replace(config, target_accuracy=0.3)).enough
+
+
 def test_a_run_that_ends_leaves_final_and_says_where(config, make_run, capsys):
     run = make_run(config)
     train(run, 4)

@@ -10,9 +10,9 @@ from scripted import ByteTokenizer
 
 from data import load_problems
 from inference import Completion
-from rewards import parse_rewards
+from rewards import Scores, parse_rewards
 from rewards.scorer import Scorer
-from rollouts import count, roll_out, rollout_metrics, rollout_rows
+from rollouts import Group, count, group_state, restore_group, roll_out, rollout_metrics, rollout_rows
 from tasks import Problem
 
 CONFIG = SimpleNamespace(group_size=2, max_completion_tokens=9, temperature=1.0, seed=0, total_steps=10)
@@ -170,3 +170,11 @@ def test_what_functions_logged_is_told_with_the_step(functions):
         groups=[], tensors={"completion_mask": torch.ones(0, 1)}, advantages=torch.ones(0, 1)
     )
     assert [row["logged"]["odd"] for row in rollout_rows(groups, batch, 4)] == [0, 1, 0, 1]
+
+
+def test_a_group_comes_back_from_a_checkpoint_as_it_was(tmp_path):
+    scores = Scores([1.0], {}, [True], ["3"], [False])
+    completion = Completion([1, 2], [-0.5, -1.0], "stop")
+    group = Group(7, Problem("1 + 2", "3"), [4, 5], [completion], [r"\boxed{3}"], scores, "boxed")
+    torch.save(group_state(group), tmp_path / "state.pt")
+    assert restore_group(torch.load(tmp_path / "state.pt", weights_only=True)) == group

@@ -20,6 +20,8 @@ from page.checking import arithmetic, check  # noqa: E402
 from page.compare import ComparePage  # noqa: E402
 from page.runs import RunsPage  # noqa: E402
 from page.shelf import Shelf  # noqa: E402
+from train_sft import SFTConfig  # noqa: E402
+from train_sft import main as train_sft  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:::gradio")
 
@@ -47,14 +49,16 @@ def test_liked_answers_are_examples_that_the_cold_start_reads(tmp_path):
     good = answered("2 + 3 = ?", "<think>2 + 3</think><answer>5</answer>")
     bad = answered("2 + 2 = ?", "<answer>5</answer>")
     for _ in range(2):
-        assert feedback.keep(tmp_path, True, good, "m") == tmp_path / "liked.jsonl"
-    assert feedback.keep(tmp_path, False, bad, "m") == tmp_path / "disliked.jsonl"
+        assert feedback.keep(tmp_path, True, good) == tmp_path / "liked.jsonl"
+    assert feedback.keep(tmp_path, False, bad) == tmp_path / "disliked.jsonl"
     read = load_problems(str(tmp_path / "liked.jsonl"), "cold_start", require_gold=False)
     assert {(p.question, p.completion) for p in read} == {(good.question, good.reading.text)}
-    rows = [json.loads(line) for line in feedback.lines([good, Turn("open"), bad], "m").splitlines()]
+    rows = [json.loads(line) for line in feedback.lines([good, Turn("open"), bad]).splitlines()]
     assert [row["question"] for row in rows] == [good.question, bad.question]
+    quick = {"data": str(tmp_path / "liked.jsonl"), "eval_every": 0, "total_steps": 1, "warmup_steps": 0}
+    assert train_sft(SFTConfig(output=str(tmp_path / "run"), **quick)) == 0
     cut = answered("long", "<think>" + "x" * 50, limit=20)
-    assert feedback.lines([cut], "m") == ""
+    assert feedback.lines([cut]) == ""
 
 
 @pytest.mark.parametrize(
@@ -183,6 +187,7 @@ def test_the_answer_that_most_votes_give_wins_and_the_others_are_one_click_away(
     assert messages[-1].metadata["title"] == "Votes: 1/2 × 3 · 4 × 2"
     assert "chain 0" in texts[-1]
     assert "vote" not in status
+    assert conversation.turns[-1].model == "m"
     conversation.ask("again?")
     with pytest.raises(gr.Error, match="temperature 0"):
         next(page.answer(conversation, "m", 0.0, 1.0, 100, 0, 0, 5))
@@ -199,3 +204,25 @@ def test_a_thought_is_closed_where_the_visitor_says():
     reading = conversation.turns[-1].reading
     assert reading.thought == ("on and on " * 50)[:20]
     assert reading.answer == "7"
+
+
+def test_between_two_votes_nothing_else_is_taken_and_what_was_cut_is_not_liked(tmp_path):
+    model = scripted_model("<think>t</think><answer>3</answer>")
+    config = AppConfig(model="m", feedback=str(tmp_path))
+    page = ChatPage(Shelf(["m"], {"m": model}.get), config, InTurn())
+    conversation = Conversation()
+    conversation.ask("1 + 2 = ?")
+    answer = page.answer(conversation, "m", 1.0, 1.0, 100, 0, 0, 3)
+    while "vote 1" in next(answer)[1]:
+        if conversation.turns[-1].reading.finish_reason:  # a vote is whole, and the others are to come
+            for act in (lambda: conversation.ask("more?"), lambda: page.undo(conversation)):
+                with pytest.raises(gr.Error, match="being written"):
+                    act()
+    answer.close()
+    page.settle(conversation)
+    assert not conversation.is_answering
+    assert conversation.turns[-1].reading.finish_reason == "cancelled"
+    event = SimpleNamespace(liked=True, index=1)
+    with pytest.raises(gr.Error, match="no example"):
+        page.like(conversation, event)
+    assert not list(tmp_path.iterdir())
