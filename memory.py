@@ -1,7 +1,9 @@
 """Memory: how much is free, and when it ran out."""
 
 import gc
+import re
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -19,12 +21,15 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held so far: on a GPU there, elsewhere in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        # Not getrusage: a program that a large one starts would be told its parent's peak there.
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # not on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,6 @@ before the first step.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from torch import nn  # noqa: E402
 from transformers import PreTrainedTokenizerBase as Tokenizer  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
+from memory import peak_memory  # noqa: E402
 from models import save_model  # noqa: E402
 from prompts import prepare_tokenizer  # noqa: E402
 from tiny import build_tiny, build_tiny_tokenizer  # noqa: E402
@@ -162,7 +162,7 @@ def run_ours(case: str, folder: Path) -> dict[str, Any]:
 
     def timed(training: Any) -> None:
         if not memory:
-            memory.append(peak_mb())
+            memory.append(peak_mib())
         step(training)
         ends.append(time.perf_counter())
 
@@ -184,7 +184,7 @@ def run_ours(case: str, folder: Path) -> dict[str, Any]:
     train_grpo.main(config)
     lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
     tokens = [json.loads(line)["rollout/completion_tokens"] for line in lines]
-    return {"ends": ends, "memory_mb": peak_mb() - memory[0], "tokens": tokens}
+    return {"ends": ends, "memory_mb": peak_mib() - memory[0], "tokens": tokens}
 
 
 def run_trl(case: str, folder: Path) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def run_trl(case: str, folder: Path) -> dict[str, Any]:
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             if not memory:
-                memory.append(peak_mb())
+                memory.append(peak_mib())
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter())
@@ -240,13 +240,12 @@ def run_trl(case: str, folder: Path) -> dict[str, Any]:
     )
     trainer.train()
     tokens = [row["completions/mean_length"] for row in trainer.state.log_history if "loss" in row]
-    return {"ends": ends, "memory_mb": peak_mb() - memory[0], "tokens": tokens}
+    return {"ends": ends, "memory_mb": peak_mib() - memory[0], "tokens": tokens}
 
 
-def peak_mb() -> float:
-    """The highest resident size of this process so far, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+def peak_mib() -> float:
+    """The highest resident size of this process so far."""
+    return peak_memory(torch.device("cpu")) / 2**20
 
 
 # ------------------------------------------------------------------------------------------------------------

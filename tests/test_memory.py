@@ -90,6 +90,19 @@ def test_memory_is_counted_in_bytes():
     del held
 
 
+def test_the_peak_is_a_processs_own():
+    """A program that a large one starts is no larger for it: Linux hands the parent's `ru_maxrss` on."""
+    held = torch.ones(2**28)  # 1 GiB
+    told = subprocess.run(
+        [sys.executable, "-c", "import torch, memory; print(memory.peak_memory(torch.device('cpu')))"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0 < int(told.stdout) < held.nbytes
+
+
 def test_what_is_no_lack_of_memory_is_told_apart():
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_out_of_memory(ValueError("out of memory lane"))

@@ -265,9 +265,10 @@ def test_what_the_librarys_blocks_keep_is_known_to_a_third(name):
 
 # Two steps of the longest sequences, each in two parts: in the second step everything is held at once.
 RUN = """
-import json, resource, sys
+import json, sys
 import psutil, torch
 import preflight, train_grpo
+from memory import peak_memory
 from models import make_accelerator
 from rehearsal import at_the_limit
 from runs.folder import open_run
@@ -290,7 +291,7 @@ preflight.plan_memory = plan_memory
 training = train_grpo.set_up(config, open_run(config), make_accelerator())
 for _ in range(2):
     train_grpo.train_step(at_the_limit(training))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - told["before"]
+peak = peak_memory(torch.device("cpu")) - told["before"]
 print(json.dumps({"plan": told["plan"].peak / 2**20, "peak": peak / 2**20}))
 """
 
