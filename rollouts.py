@@ -1,9 +1,7 @@
-"""What a rollout is: groups of completions with their
-rewards, laid out as tensors, and told in numbers and lines.
-"""
+"""What a rollout is: groups of completions with their rewards, as tensors, in numbers and in lines."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean, pstdev
 from types import SimpleNamespace
 from typing import Any
@@ -146,29 +144,6 @@ def reward_columns(
     }
 
 
-def group_state(group: Group) -> dict[str, Any]:
-    """A group as plain values, without its problem's columns: what a checkpoint can hold."""
-    return {
-        "number": group.number,
-        "answer_style": group.answer_style,
-        "question": group.problem.question,
-        "gold": group.problem.gold,
-        "prompt_ids": list(group.prompt_ids),
-        "completions": [asdict(completion) for completion in group.completions],
-        "texts": group.texts,
-        "scores": asdict(group.scores),
-    }
-
-
-def restore_group(state: dict[str, Any]) -> Group:
-    """The group of a `group_state`."""
-    completions = [Completion(**completion) for completion in state["completions"]]
-    scores = Scores(**state["scores"])
-    problem = Problem(state["question"], state["gold"])
-    of_prompt = (state["number"], problem, state["prompt_ids"])
-    return Group(*of_prompt, completions, state["texts"], scores, state["answer_style"])
-
-
 @dataclass
 class RolloutBatch:
     """One process' share of what is learned from: B =
@@ -211,46 +186,6 @@ def collate(groups: list[Group], pad_token_id: int, drop_truncated: bool = False
             tensors["completion_mask"][row] = False
     lengths = [(len(p), len(c.token_ids)) for p, c in pairs]
     return RolloutBatch(groups, lengths, tensors, torch.zeros(tensors["completion_mask"].shape))
-
-
-@dataclass
-class StepInHand:
-    """A step between its rollout and its end.
-
-    Attributes:
-        groups: all that this process sampled.
-        fresh: those of them that are learned from.
-        batch: laid out, with replayed groups behind.
-        updates: what those done so far told.
-        seconds: that each phase took so far, by metric.
-    """
-
-    groups: list[Group]
-    fresh: list[Group]
-    batch: RolloutBatch
-    updates: list[dict[str, Any]]
-    seconds: dict[str, float]
-
-
-def step_state(hand: StepInHand) -> dict[str, Any]:
-    """A step in hand as a checkpoint can hold it."""
-    return {
-        "groups": [group_state(group) for group in hand.groups],
-        "fresh": [index for group in hand.fresh for index, g in enumerate(hand.groups) if g is group],
-        "tensors": hand.batch.tensors | {"advantages": hand.batch.advantages},
-        "updates": hand.updates,
-        "seconds": hand.seconds,
-    }
-
-
-def restore_step(state: dict[str, Any], collate_again: Callable[[list[Group]], RolloutBatch]) -> StepInHand:
-    """The step of a `step_state`; `collate_again` lays its fresh groups out as they were."""
-    groups = [restore_group(group) for group in state["groups"]]
-    fresh = [groups[index] for index in state["fresh"]]
-    batch = collate_again(fresh)
-    batch.tensors = dict(state["tensors"])
-    batch.advantages = batch.tensors.pop("advantages")
-    return StepInHand(groups, fresh, batch, state["updates"], state["seconds"])
 
 
 # ------------------------------------------------------------------------------------------------------------

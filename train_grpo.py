@@ -27,6 +27,7 @@ from batches import MicroBatches
 from credit import credit, explained_variance
 from data import Problem, load_problems, take
 from exam import canary_rows, hold_shared_exam, summarise
+from handover import StepInHand, collate_step, hand_over, put_down_step, take_over, take_up_step
 from inference import SamplingParams
 from inference.engine import TorchEngine, stop_token_ids
 from inference.vllm_engine import VLLMEngine
@@ -46,21 +47,8 @@ from plan import Load
 from preflight import check_memory, check_template, choose_problems, grpo_load, tell
 from rehearsal import dry_run, rehearse_grpo
 from rewards.scorer import Scorer
-from rollouts import (
-    Group,
-    RolloutBatch,
-    StepInHand,
-    collate,
-    count,
-    group_state,
-    restore_group,
-    restore_step,
-    rollout_metrics,
-    rollout_rows,
-    step_state,
-    try_roll_out,
-)
-from runs.config import RunStopped, UserError, at_the_door, parse_config, require, run_script
+from rollouts import Group, RolloutBatch, count, rollout_metrics, rollout_rows, try_roll_out
+from runs.config import RunStopped, at_the_door, parse_config, require, run_script
 from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
 from runs.signals import StepStopped
@@ -329,7 +317,7 @@ def train_step(training: Training) -> dict[str, float]:
             hand.updates.append(update(*movers, batch, rows, config, kl_coef, critic_only))
     except StepStopped:
         seconds["time/update_s"] += time.perf_counter() - began
-        run.memory["in_hand"] = gather_object([step_state(hand) | {"knobs": step_knobs(config)}])
+        put_down_step(training, hand)
         raise
     seconds["time/update_s"] += time.perf_counter() - began
 
@@ -354,7 +342,7 @@ def train_step(training: Training) -> dict[str, float]:
     rows = gather_object(rollout_rows(groups, batch, run.step))
     run.log.rollouts(rows)
     run.check_updates([done["cause"] for done in updates], rows)
-    carry_over(training, metrics, hand.fresh)
+    hand_over(training, metrics, hand.fresh)
     return metrics
 
 
@@ -381,23 +369,6 @@ def begin_step(training: Training) -> StepInHand:
         "time/update_s": time.perf_counter() - rolled_out,
     }
     return StepInHand(groups, fresh, batch, [], seconds)
-
-
-def take_up_step(training: Training) -> StepInHand | None:
-    """The step that the run was stopped in, None where it was between two."""
-    states = training.run.memory.pop("in_hand", None)
-    if states is None:
-        return None
-    state = states[training.accelerator.process_index]
-    return restore_step(state, lambda fresh: collate_step(training, fresh))
-
-
-def collate_step(training: Training, fresh: list[Group]) -> RolloutBatch:
-    """What a process learns from: its own groups, and its share of those of the steps before."""
-    config, accelerator = training.config, training.accelerator
-    replayed = training.run.memory["replay"][accelerator.process_index :: accelerator.num_processes]
-    learned = fresh + [restore_group(state) for state in replayed]
-    return collate(learned, training.tokenizer.pad_token_id, config.overlong == "mask")
 
 
 def sample_step(training: Training) -> list[Group]:
@@ -473,62 +444,6 @@ def build_reference(config: GRPOConfig, policy: Policy) -> nn.Module:
     if config.lora_rank and not began_with_adapter:
         return WithoutAdapter(policy)
     return Policy(config.load_weights(config.model)[0]).requires_grad_(False)
-
-
-def step_knobs(config: GRPOConfig) -> list[Any]:
-    """What a step in hand was laid out by."""
-    names = (
-        "group_size",
-        "updates_per_rollout",
-        "epochs_per_rollout",
-        "replay_groups",
-        "baseline",
-        "kl_coef",
-    )
-    return [getattr(config, name) for name in names]
-
-
-def remember(run: Run, config: GRPOConfig, critic: Any, reference: Any) -> None:
-    """Begin `run.memory`, or take up what a checkpoint kept of it."""
-    restored = run.memory
-    # Another run's checkpoint may be gone on from with other knobs: the configuration has the last word.
-    run.memory = {
-        "kl_coef": restored.get("kl_coef", config.kl_coef) if config.kl_target else config.kl_coef,
-        "replay": restored.get("replay", [])[: config.replay_groups],
-        "budget": restored.get("budget"),
-        "sampler": restored.get("sampler"),
-    }
-    if in_hand := restored.get("in_hand"):
-        if len(in_hand) != run.accelerator.num_processes:
-            raise UserError(
-                f"resume: the checkpoint was left in the middle of a step of {len(in_hand)} processes; go on "
-                f"with as many, got {run.accelerator.num_processes}"
-            )
-        # Laid out by other knobs, the step begins anew.
-        if in_hand[0]["knobs"] == step_knobs(config):
-            run.memory["in_hand"] = in_hand
-    moving = {"critic": critic, "reference": reference if config.ref_sync_steps else None}
-    for name, module in moving.items():
-        if module is not None:
-            if name in restored:
-                module.load_state_dict(restored[name])
-            run.memory[name] = module.state_dict()  # the module's own tensors, so as they are when saved
-
-
-def carry_over(training: Training, metrics: dict[str, float], fresh: list[Group]) -> None:
-    """Get the coefficient, the reference and the replay ready for the next step."""
-    config, run = training.config, training.run
-    run.memory |= {"budget": training.micro_batches.memory, "sampler": training.engine.memory}
-    if config.kl_target and "policy/kl" in metrics:
-        # As in 1909.08593, section 2.2: proportional, and never in a hurry.
-        error = min(max(metrics["policy/kl"] / config.kl_target - 1, -0.2), 0.2)
-        run.memory["kl_coef"] *= 1 + 0.1 * error
-    if config.ref_sync_steps and run.step % config.ref_sync_steps == 0:
-        with run.weights.whole() as model:
-            training.reference.model.load_state_dict(model.state_dict())
-    if config.replay_groups:
-        latest = gather_object([group_state(group) for group in fresh if group.has_signal])
-        run.memory["replay"] = (latest + run.memory["replay"])[: config.replay_groups]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -618,7 +533,7 @@ def set_up(config: GRPOConfig, start: Start, accelerator: Accelerator) -> Traini
     attend_fast(model)
     reference = reference and reference.to(accelerator.device)
     run = Run(start, config, accelerator, weights, tokenizer, optimizer, scheduler)
-    remember(run, config, critic, reference)
+    take_over(run, config, critic, reference)
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory["budget"], run.stop)
     with weights.whole() as sampled:  # the model, or a copy of it
         attend_fast(sampled)

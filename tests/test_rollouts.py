@@ -9,10 +9,11 @@ import torch
 from scripted import ByteTokenizer
 
 from data import load_problems
+from handover import group_state, restore_group
 from inference import Completion
 from rewards import Scores, parse_rewards
 from rewards.scorer import Scorer
-from rollouts import Group, count, group_state, restore_group, roll_out, rollout_metrics, rollout_rows
+from rollouts import Group, count, roll_out, rollout_metrics, rollout_rows
 from tasks import Problem
 
 CONFIG = SimpleNamespace(group_size=2, max_completion_tokens=9, temperature=1.0, seed=0, total_steps=10)

@@ -35,6 +35,7 @@ ROOMS = {
     "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
     "rewards": ["prompts", "rewards.*"],
     "rollouts": ["batches", "data", "inference", "memory", "prompts", "rewards.*"],
+    "handover": ["data", "inference", "rewards.*", "rollouts", "runs.config", "runs.folder"],
     "credit": ["losses", "rewards.*", "rollouts"],
     "updates": ["batches", "losses", "optimizers", "rollouts"],
     "rehearsal": [
@@ -91,7 +92,7 @@ ROOMS = {
     ],
     "train_grpo": [
         *["batches", "credit", "data", "exam", "memory", "mixes", "models", "optimizers", "plan"],
-        *["preflight", "prompts", "rehearsal", "rollouts", "sharding", "tokenizer", "updates"],
+        *["preflight", "prompts", "rehearsal", "rollouts", "handover", "sharding", "tokenizer", "updates"],
         *["inference.*", "rewards.*", "runs.*"],
         "train_sft",  # for the cold start, in the same process
     ],
@@ -144,6 +145,7 @@ GUARDED = {
         "credit",
         "evaluate",
         "exam",
+        "handover",
         "memory",
         "models",
         "optimizers",
