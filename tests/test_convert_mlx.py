@@ -93,6 +93,7 @@ def test_a_converted_folder_asks_answers_and_stops_as_before(exported, converted
     assert [path.name for path in to.parent.iterdir()] == ["converted"]
 
 
+@pytest.mark.slow
 def test_several_stop_tokens_are_kept(exported, tmp_path):
     source = shutil.copytree(exported(), tmp_path / "source")
     told = json.loads((source / "generation_config.json").read_text())
@@ -103,6 +104,7 @@ def test_several_stop_tokens_are_kept(exported, tmp_path):
     assert load_engine(to, load_tokenizer(to))[0].stop_token_ids == {2, 319}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_passes_by_its_own_limits(exported, tmp_path, dtype, capsys):
     convert(ConvertConfig(model=str(exported(dtype)), to=str(tmp_path / "half")))
@@ -136,6 +138,7 @@ def test_a_folder_without_parity_is_held_to_itself_and_that_is_told(random_folde
     assert "20 of 20 greedy answers" in told
 
 
+@pytest.mark.slow
 def test_a_quantisation_that_costs_the_answers_is_refused(tmp_path):
     """Weights that nothing was learned into lose their answers when rounded to 4 bits, not to 8."""
     model, tokenizer = build_tiny(0)

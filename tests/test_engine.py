@@ -224,6 +224,7 @@ def test_waiting_rows_take_the_places_of_those_that_end_within_the_budget(model,
     assert sum(steps) == sum(len(c.token_ids) - 1 for group in whole for c in group)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
 def test_out_of_memory_costs_rows_at_once_and_no_completion(random_model, architecture, monkeypatch):
     model = random_model(architecture)

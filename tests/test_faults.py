@@ -130,6 +130,7 @@ def small_files():
     signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train", "quick"), [(train_grpo, quick_grpo), (train_sft, quick_sft)])
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     train, quick, tmp_path, monkeypatch, capsys, small_files

@@ -90,6 +90,7 @@ def test_memory_is_counted_in_bytes():
     del held
 
 
+@pytest.mark.slow
 def test_the_peak_is_a_processs_own():
     """A program that a large one starts is no larger for it: Linux hands the parent's `ru_maxrss` on."""
     held = torch.ones(2**28)  # 1 GiB

@@ -59,6 +59,7 @@ def equal(first, second):
     return first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "quick", "changes"),
     [

@@ -257,6 +257,7 @@ def test_workers_score_as_the_process_itself_and_keep_the_order(functions):
         assert scorer.results() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["logs"], ["logs", "hang"]])
 def test_what_a_function_logs_comes_back_with_the_scores(functions, names):
     rewards = parse_rewards({f"{functions}:{name}": 1.0 for name in names})
@@ -278,6 +279,7 @@ def test_handing_in_a_group_does_not_wait_for_its_scores(functions):
         assert scorer.results()[0].total == [4.0]
 
 
+@pytest.mark.slow
 def test_a_function_that_hangs_leaves_its_group_undecided_and_the_rest_alone(functions, capsys):
     rewards = parse_rewards({"format": 1.0, f"{functions}:hang": 1.0})
     with Scorer(rewards, deadline_s=1.0) as scorer:
@@ -399,6 +401,7 @@ def test_the_prompt_and_the_scale_of_a_judge_are_configurable(server, tmp_path):
         parse_rewards({f"judge:{url}(prompt_file={tmp_path / 'ask.txt'})": 1.0})
 
 
+@pytest.mark.slow
 def test_a_slow_judge_keeps_its_own_time_limits(server):
     url, _ = server
     with Scorer(parse_rewards({f"judge:{url}(timeout_s=5)": 1.0}), deadline_s=0.1) as scorer:

@@ -221,6 +221,7 @@ def odd(completions, trainer_state):
 """
 
 
+@pytest.mark.slow
 def test_a_broken_reward_stops_the_run_with_a_checkpoint_that_goes_on_once_it_is_mended(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(FRAGILE_REWARD)
     changes = {"rewards": {f"{tmp_path}/mine.py:odd": 1.0}, "eval_every": 0, "save_every": 4}
@@ -238,6 +239,7 @@ def test_a_broken_reward_stops_the_run_with_a_checkpoint_that_goes_on_once_it_is
     assert len(lines(tmp_path / "stopped" / "rollouts.jsonl")) == 4 * 16
 
 
+@pytest.mark.slow
 def test_a_model_rewards_what_the_policy_says(tmp_path, reward_folder):
     name = f"model:{reward_folder}(batch_size=3)"
     changes = {"rewards": {name: 0.5, "unique_characters": 1.0}, "total_steps": 1, "eval_every": 0}
@@ -282,6 +284,7 @@ def test_the_coefficient_goes_after_its_target_and_the_reference_follows(tmp_pat
     assert all(abs(step["policy/kl"]) < 1e-6 for step in following)
 
 
+@pytest.mark.slow
 def test_replayed_groups_are_learned_from_again_by_their_probability_now(tmp_path):
     without = metrics_of(tmp_path, "without", kl_coef=0.0)
     replayed = metrics_of(tmp_path, "with", kl_coef=0.0, replay_groups=3)
@@ -319,6 +322,7 @@ def test_a_lora_policy_is_its_own_reference_and_is_saved_as_an_adapter(random_qw
     assert abs(again[0]["policy/kl"]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_a_critic_learns_alone_at_first(tmp_path, critic):
     changes = {"algo": "ppo", "critic": critic, "save_every": 1, "keep_checkpoints": 3, "kl_coef": 0.0}

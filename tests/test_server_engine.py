@@ -274,7 +274,7 @@ def test_an_abandoned_batch_stops_the_computation(tiny, prompts):
         engine = connect(server)
         with pytest.raises(KeyboardInterrupt):
             engine.generate(prompts, 1, SamplingParams(6000, 0.0), (0,), on_completion=leave)
-        deadline = time.monotonic() + 1
+        deadline = time.monotonic() + 30
         while server.closed < 2 and time.monotonic() < deadline:
             time.sleep(0.005)
         assert server.closed == 2

@@ -70,6 +70,7 @@ def test_a_step_stopped_in_the_middle_goes_on_to_the_same_bits(
         assert [told(row) for row in whole] == [told(row) for row in resumed]
 
 
+@pytest.mark.slow
 def test_a_cold_start_stopped_within_an_update_does_it_again(tmp_path, monkeypatch):
     changes = {"micro_batch_tokens": 64, "eval_every": 0, "save_every": 9}
     assert train_sft(quick_sft(tmp_path / "whole", **changes)) == 0

@@ -196,6 +196,7 @@ def test_default_sizes():
     assert DEFAULT_SIZES["cold_start"] == 30_000
 
 
+@pytest.mark.slow
 def test_options_too_narrow_for_the_limit_are_an_error_and_without_a_limit_all_there_are():
     # Two terms of 1 to 20 make 210 different sums.
     options = {"terms": 2, "high": 20, "slip_rate": 0}

@@ -254,6 +254,7 @@ def _hostile_deadline(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == [], "something was executed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_hostile_deadline")
 @pytest.mark.parametrize("kind", verify_hostile.ANSWERS)
 def test_hostile_answers_earn_nothing_in_time(kind):
@@ -340,6 +341,7 @@ def test_hostile_texts_are_harmless_from_a_thread():
     assert outcome == [True]
 
 
+@pytest.mark.slow
 def test_eight_threads_judge_at_once():
     before = global_state()
     with ThreadPoolExecutor(8) as pool:
@@ -347,6 +349,7 @@ def test_eight_threads_judge_at_once():
     assert global_state() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_child")
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_a_child_process_judges_with_a_child_of_its_own(method):
@@ -377,6 +380,7 @@ def test_a_deep_stack_of_the_caller_is_undecided_or_right_but_never_a_crash():
 # The child process
 
 
+@pytest.mark.slow
 def test_computer_algebra_is_not_imported_by_the_judge():
     code = (
         "import sys; from rewards.verify import is_correct; import rewards\n"
@@ -408,6 +412,7 @@ def test_a_child_that_was_killed_from_outside_is_replaced():
     assert symbolic.prove_equal(parse(r"\cos 2x"), parse(r"1-2\sin^2x"), 60.0) is True
 
 
+@pytest.mark.slow
 def test_a_call_does_not_wait_for_a_child_that_is_slow_to_start(tmp_path, monkeypatch):
     (tmp_path / "late.py").write_text(
         "import time\nfrom rewards.processes import serve\ndef main():\n    time.sleep(1.5)\n    serve(str)\n"
@@ -424,6 +429,7 @@ def test_a_call_does_not_wait_for_a_child_that_is_slow_to_start(tmp_path, monkey
     child.close()
 
 
+@pytest.mark.slow
 def test_texts_that_hang_do_not_hold_up_an_honest_one():
     slow = (r"\int_0^1 \sin(\sin(\sin(\sin(x^x))))\,dx", "18")
     with ThreadPoolExecutor(2) as threads:
@@ -451,6 +457,7 @@ def test_the_memory_of_a_child_is_capped(tmp_path, monkeypatch):
     child.close()
 
 
+@pytest.mark.slow
 def test_waiting_for_a_busy_child_counts_against_the_deadline(tmp_path, monkeypatch):
     (tmp_path / "sleepy.py").write_text(
         "import time\nfrom rewards.processes import serve\ndef main():\n    serve(time.sleep)\n"
@@ -469,6 +476,7 @@ def test_waiting_for_a_busy_child_counts_against_the_deadline(tmp_path, monkeypa
     child.close()
 
 
+@pytest.mark.slow
 def test_a_busy_child_ends_with_its_parent(tmp_path, monkeypatch):
     (tmp_path / "sleepy.py").write_text(
         "import time\nfrom rewards.processes import serve\ndef main():\n    serve(time.sleep)\n"
