@@ -64,6 +64,10 @@ HARMLESS = {
     "dry_run",
     "price_per_hour",
 }
+# May differ besides where a checkpoint is named: what a run that went wrong is told to change.
+STEERING = {"learning_rate", "critic_learning_rate", "entropy_coef"}
+SETTINGS = "config.yaml"
+MOST_CHANGES = 8  # in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Start:
     checkpoint: Path | None
     is_finished: bool = False
     is_rollback: bool = False  # the run is the one that went wrong, and its incidents are its own
+    changes: tuple[str, ...] = ()  # of the configuration, since the checkpoint that was asked for
 
 
 def open_run(config: Any) -> Start:
@@ -85,7 +90,8 @@ def open_run(config: Any) -> Start:
         config: has `output`, `resume` ("auto", "never", or a checkpoint's folder) and `total_steps`.
 
     Raises:
-        ValueError: the folder cannot be written, is in use, or holds a run of another configuration.
+        ValueError: the folder cannot be written, is in use, or holds a run of another configuration; or the
+            checkpoint that `resume` names is of one.
         FileNotFoundError: `resume` names a folder that is no whole checkpoint.
     """
     folder = Path(config.output)
@@ -96,20 +102,37 @@ def open_run(config: Any) -> Start:
     if config.resume == "never":
         return Start(folder, None)
     if config.resume != "auto":
-        damage = find_damage(Path(config.resume))
-        if damage is None and not (Path(config.resume) / STATE).is_file():
-            damage = f"it holds a model but no {STATE}"
-        if damage:
-            raise FileNotFoundError(f"resume: {config.resume!r} is no whole checkpoint ({damage})")
-        return Start(folder, Path(config.resume))
-    if not (folder / "config.yaml").is_file():
+        return _start_from(Path(config.resume), config)
+    if not (folder / SETTINGS).is_file():
         return Start(folder, None)
-    before = yaml.safe_load((folder / "config.yaml").read_text())
-    _refuse_changes(before, yaml.safe_load(to_yaml(config)), folder)
+    before = yaml.safe_load((folder / SETTINGS).read_text())
+    if changes := _changes(before, config, HARMLESS):
+        raise ValueError(
+            f"output {str(folder)!r} holds a run with another configuration ({_list(changes)}); "
+            "give another --output, or --resume never to start over in the same folder"
+        )
     is_finished = (folder / "final" / MANIFEST).is_file() and before["total_steps"] >= config.total_steps
     ends = ("target_accuracy", "patience")
     is_finished = is_finished and all(before.get(end) == getattr(config, end) for end in ends)
     return Start(folder, latest_checkpoint(folder), is_finished)
+
+
+def _start_from(checkpoint: Path, config: Any) -> Start:
+    """Begin at the checkpoint that was asked for, of this run or of another with the same configuration."""
+    damage = find_damage(checkpoint)
+    for name in (STATE, SETTINGS):
+        if damage is None and not (checkpoint / name).is_file():
+            damage = f"it holds a model but no {name}"
+    if damage:
+        raise FileNotFoundError(f"resume: {str(checkpoint)!r} is no whole checkpoint ({damage})")
+    before = yaml.safe_load((checkpoint / SETTINGS).read_text())
+    if changes := _changes(before, config, HARMLESS | STEERING):
+        raise ValueError(
+            f"resume: {str(checkpoint)!r} was trained with another configuration ({_list(changes)}); give "
+            f"what it was trained with, or begin another run from its weights: --model {checkpoint} with an "
+            "--output of its own"
+        )
+    return Start(Path(config.output), checkpoint, changes=tuple(_changes(before, config, HARMLESS)))
 
 
 def write_run(start: Start, config: Any, model: Any = None) -> None:
@@ -135,7 +158,7 @@ def write_run(start: Start, config: Any, model: Any = None) -> None:
             shutil.rmtree(start.folder / "incidents", ignore_errors=True)
         for name in LINES:
             (start.folder / name).unlink(missing_ok=True)
-    (start.folder / "config.yaml").write_text(to_yaml(config))
+    (start.folder / SETTINGS).write_text(to_yaml(config))
     (start.folder / "environment.json").write_text(json.dumps(environment(model), indent=1))
 
 
@@ -182,16 +205,18 @@ def require_writable(folder: Path, field: str) -> None:
         )
 
 
-def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    keys = sorted((before.keys() | now.keys()) - HARMLESS)
-    changes = [
+def _changes(before: dict[str, Any], config: Any, but: set[str]) -> list[str]:
+    """The fields that differ from those of an earlier run, with what they were and are."""
+    now = yaml.safe_load(to_yaml(config))
+    keys = sorted((before.keys() | now.keys()) - but)
+    return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)
     ]
-    if changes:
-        raise ValueError(
-            f"output {str(folder)!r} holds a run with another configuration ({'; '.join(changes)}); "
-            "give another --output, or --resume never to start over in the same folder"
-        )
+
+
+def _list(changes: Sequence[str]) -> str:
+    more = len(changes) - MOST_CHANGES
+    return "; ".join(changes[:MOST_CHANGES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _refuse_other_optimizer(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
@@ -281,7 +306,8 @@ class Run:
         self.found = self.watchdog.start(trained)
         self.log.found(self.found)  # and kept with the next step
         if start.checkpoint is not None:
-            self.log.console.say(f"going on from {start.checkpoint}")
+            changed = f" with {_list(start.changes)}" if start.changes else ""
+            self.log.console.say(f"going on from {start.checkpoint}{changed}")
 
     def seed_dropout(self, update: int = 0) -> None:
         """Begin the random numbers of a step's update: they belong to (seed, step, update, process), so that
@@ -371,7 +397,12 @@ class Run:
         def write(save: Callable[[Path], None]) -> None:
             self.log.flush()
             state["lines"] = line_offsets(self.folder)
-            save_checkpoint(folder, save, state, self.config.keep_checkpoints)
+
+            def save_all(temporary: Path) -> None:
+                save(temporary)
+                (temporary / SETTINGS).write_text(to_yaml(self.config))
+
+            save_checkpoint(folder, save_all, state, self.config.keep_checkpoints)
 
         if error := self._write(write):
             last = latest_checkpoint(self.folder) or "none"

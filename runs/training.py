@@ -117,7 +117,8 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     """How many of them stay."""
     resume: str = "auto"
-    """auto: go on if the run's folder has a checkpoint; never: start over; or a checkpoint's folder."""
+    """auto: go on if the run's folder has a checkpoint; never: start over; or a checkpoint's folder: there
+    learning_rate and entropy_coef may be others than its run's."""
     tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
     """Where metrics go besides `metrics.jsonl`; install its package. WANDB_MODE=offline keeps W&B offline."""
     log_level: LogLevel = "info"

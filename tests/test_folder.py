@@ -15,7 +15,7 @@ from accelerate import Accelerator
 import runs.folder
 from optimizers import Muon
 from runs.checkpoint import MANIFEST, list_checkpoints, save_checkpoint, write_folder
-from runs.config import UserError
+from runs.config import UserError, to_yaml
 from runs.folder import Run, Start, environment, open_run, write_run
 from runs.lines import LINES
 from sharding import Weights
@@ -44,9 +44,14 @@ def write_weights(folder):
     (folder / "model.safetensors").write_bytes(b"weights")
 
 
-def save(run, step):
+def save(run, step, **settings):
     folder = Path(run) / "checkpoints" / f"step-{step:06d}"
-    save_checkpoint(folder, write_weights, {"step": step}, keep=9)
+
+    def write(folder):
+        write_weights(folder)
+        (folder / "config.yaml").write_text(to_yaml(Settings(str(run), **settings)))
+
+    save_checkpoint(folder, write, {"step": step}, keep=9)
     return folder
 
 
@@ -165,11 +170,41 @@ def test_resume_from_another_folder_drops_what_stood_in_this_one(config, tmp_pat
     assert elsewhere.is_dir()
 
 
+@pytest.mark.parametrize("of", ["run", "other"])
+def test_resume_from_a_checkpoint_of_another_configuration_is_refused_with_the_difference(
+    config, tmp_path, of
+):
+    checkpoint = save(tmp_path / of, 2, seed=7)
+    asked = dataclasses.replace(config, resume=str(checkpoint), options={"high": 9}, learning_rate=0.2)
+    with pytest.raises(ValueError, match="was trained with another configuration") as caught:
+        open_run(asked)
+    told = str(caught.value)
+    assert "(options: {} -> {'high': 9}; seed: 7 -> 0)" in told
+    assert f"--model {checkpoint}" in told
+    assert "--output" in told
+
+
+def test_a_long_difference_is_cut(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.folder, "MOST_CHANGES", 1)
+    checkpoint = save(tmp_path / "run", 2, seed=7, lora_rank=4, options={"a": 1})
+    with pytest.raises(ValueError, match=r"\(lora_rank: 4 -> 0; and 2 more\)"):
+        open_run(dataclasses.replace(config, resume=str(checkpoint)))
+
+
+def test_resume_from_a_checkpoint_takes_the_changes_that_a_run_is_told_to_make_and_tells_them(config):
+    checkpoint = save(config.output, 2, save_every=1, tracker="wandb")
+    start = open_run(dataclasses.replace(config, resume=str(checkpoint), learning_rate=0.05, total_steps=9))
+    assert start.changes == ("learning_rate: 0.1 -> 0.05",)
+    assert start.checkpoint == checkpoint
+
+
 def test_resume_from_what_is_no_checkpoint_is_refused(config, tmp_path):
     checkpoint = save(config.output, 1)
     (checkpoint / "model.safetensors").write_bytes(b"other")
     write_folder(tmp_path / "best", write_weights)
+    save_checkpoint(tmp_path / "checkpoints" / "step-000001", write_weights, {"step": 1}, keep=9)
     for path, why in (
+        (tmp_path / "checkpoints" / "step-000001", "holds a model but no config.yaml"),
         (checkpoint, "model.safetensors is not what was written"),
         (tmp_path / "nowhere", "no readable manifest"),
         (tmp_path / "best", "holds a model but no trainer_state"),
@@ -259,7 +294,7 @@ def test_a_run_goes_on_with_optimizer_schedule_random_numbers_and_lines(config, 
     assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3, 4]
 
 
-def test_a_run_goes_on_at_the_rate_that_it_is_asked_for(config, make_run):
+def test_a_run_goes_on_at_the_rate_that_it_is_asked_for(config, make_run, capsys):
     first = make_run(config)
     train(first, 2)
     first.checkpoint()
@@ -267,6 +302,7 @@ def test_a_run_goes_on_at_the_rate_that_it_is_asked_for(config, make_run):
         config, learning_rate=config.learning_rate / 2, resume=f"{config.output}/checkpoints/step-000002"
     )
     second = make_run(asked)
+    assert "step-000002 with learning_rate: 0.1 -> 0.05" in capsys.readouterr().out
     assert second.scheduler.get_last_lr() == [first.scheduler.get_last_lr()[0] / 2]
     assert second.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"] / 2
     train(first, 1)
