@@ -153,9 +153,8 @@ class MicroBatches:
                     raise
                 if is_sharded(self.accelerator):
                     raise RunStopped(
-                        "memory ran out in a sharded update, which no process can do again alone; the same "
-                        f"command with --micro_batch_tokens {max(1, self.tokens // 2)} goes on from the last "
-                        "checkpoint"
+                        "memory ran out in a sharded update, which no process can do again alone; give "
+                        f"--micro_batch_tokens {max(1, self.tokens // 2)}"
                     ) from error
                 ran_out = True
             everyone = gather_object([(self.stop.signal, ran_out, most)])
@@ -168,9 +167,9 @@ class MicroBatches:
             release_memory()
             if max(rows_at_once for _, _, rows_at_once in everyone) == 1:
                 raise RunStopped(
-                    f"memory ran out on a single sequence of up to {max(map(sum, lengths))} tokens; give a "
-                    "smaller --max_completion_tokens or --max_prompt_tokens, or --lora_rank 16; the same "
-                    "command goes on from the last checkpoint"
+                    f"memory ran out on a single sequence of up to {max(map(sum, lengths))} tokens; give "
+                    "--gradient_checkpointing true; or begin another run from the last checkpoint (--model, "
+                    "and an --output of its own) with a smaller --max_completion_tokens or --lora_rank 16"
                 )
             # Half of what was tried: a budget above the longest part would be tried again as it is.
             longest = max(sum(lengths[row]) for row in rows) if rows else 1

@@ -127,7 +127,10 @@ def try_roll_out(*arguments: Any) -> tuple[list[Group], str | None]:
     except (RuntimeError, MemoryError) as error:  # the engine has tried with ever fewer rows
         if not is_out_of_memory(error):
             raise
-        return [], "memory ran out while sampling; give a smaller --max_completion_tokens"
+        return [], (
+            "memory ran out while sampling, one completion at a time; begin another run from the last "
+            "checkpoint (--model, and an --output of its own) with a smaller --max_completion_tokens"
+        )
 
 
 def reward_columns(

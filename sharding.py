@@ -142,8 +142,7 @@ class Weights:
                 raise
             raise RunStopped(
                 "memory ran out while the weights were gathered: a whole copy must fit beside a process' "
-                "part; use more processes, or give --lora_rank 16; the same command goes on from the last "
-                "checkpoint"
+                "part; use more processes, or begin another run with --lora_rank 16"
             ) from error
         try:
             yield self.copy

@@ -407,9 +407,7 @@ def sample_step(training: Training) -> list[Group]:
         if any(errors):
             run.drawn = position
             run.checkpoint()
-            raise RunStopped(
-                f"{next(filter(None, errors))}; {run.step} steps are saved, and the same command goes on"
-            )
+            raise RunStopped(next(filter(None, errors)))
         if min(counts) >= share:
             break
     return groups

@@ -108,7 +108,7 @@ class UserError(ValueError):
 
 
 class RunStopped(Exception):
-    """A run that cannot go on, its checkpoint written; the message says why and what to do."""
+    """A run that cannot go on; the message says why and what to do, and where it knows, what is saved."""
 
 
 @contextmanager

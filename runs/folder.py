@@ -56,6 +56,7 @@ HARMLESS = {
     "target_accuracy",
     "patience",
     "micro_batch_tokens",
+    "gradient_checkpointing",
     "max_bad_updates",
     "max_rollbacks",
     "trust_remote_code",
@@ -244,6 +245,7 @@ class Run:
         best_accuracy: of `best/`.
         evaluated_step: steps done when it was last evaluated.
         not_better: evaluations since the best one.
+        saved_step: steps done at the newest whole checkpoint in its folder; None without one.
         enough: why it ends before its last step; None where it goes on.
         stop: whether it was told to.
         rollbacks: how often it went back to a checkpoint; each halved the learning rate.
@@ -278,7 +280,7 @@ class Run:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.step, self.drawn, self.best_accuracy, self.evaluated_step = 0, 0, -1.0, None
         self.not_better, self.last_accuracy, self.enough = 0, None, None
-        self.origin = start.checkpoint
+        self.origin, self.saved_step = start.checkpoint, None
         self.memory: dict[str, Any] = {}
         self.stop = StopRequest()
         self.bad_in_a_row = 0
@@ -294,6 +296,8 @@ class Run:
         rates = [rate / 2**self.rollbacks for rate in scheduler.base_lrs]
         if state is not None:
             self._restore(state)
+            if start.checkpoint.resolve().parent == (self.folder / "checkpoints").resolve():
+                self.saved_step = self.step
         self._set_rates(rates)
         accelerator.wait_for_everyone()
         if not accelerator.trackers:  # a run that goes back keeps them
@@ -410,6 +414,20 @@ class Run:
                 f"step {self.step}: the checkpoint could not be written ({error}); the last good one is "
                 f"{last}. Free some space; the next one is tried as usual"
             )
+        else:
+            self.saved_step = self.step
+
+    def tell_saved(self) -> str:
+        """How much of the run is on disk, and how to go on from there."""
+        if self.saved_step is None:
+            return f"none of {self.step} steps is saved, and the same command begins again"
+        # What was asked for would start over, or go back.
+        how = "" if self.config.resume == "auto" else " with --resume auto"
+        if self.saved_step == self.step:
+            return f"{self.step} steps are saved, and the same command{how} goes on"
+        return (
+            f"{self.saved_step} of {self.step} steps are saved, and the same command{how} goes on from there"
+        )
 
     def tell(self, metrics: dict[str, float]) -> None:
         """Record the metrics of the step just done, and what the watchdog finds in them."""
@@ -458,14 +476,13 @@ class Run:
         """
         stop = self.stop
         if stop.agreed:
-            saved = self.folder / "checkpoints" / f"step-{self.step:06d}"
-            usable = f" A model to use: {saved}" if saved.is_dir() else ""
-            told = f"stopped after {self.step} steps; the same command goes on.{usable}"
+            told = f"stopped: {self.tell_saved()}"
+            if self.saved_step is not None:
+                told += f". A model to use: {self.folder / 'checkpoints' / f'step-{self.saved_step:06d}'}"
         else:
             if error := self._write(lambda save: write_folder(self.folder / "final", save)):
                 raise RunStopped(
-                    f"the final model could not be written ({error}); free some space, and the same command "
-                    f"goes on from {latest_checkpoint(self.folder)}"
+                    f"the final model could not be written ({error}); free some space: {self.tell_saved()}"
                 )
             if self.enough:
                 self.log.console.say(f"enough after {self.step} steps: {self.enough}")

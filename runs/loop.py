@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from memory import release_memory
+from runs.config import RunStopped
 from runs.folder import Run, Start
 from runs.signals import StepStopped, stop_on_signal
 
@@ -48,7 +49,11 @@ def train(set_up: Callable[[Start], AbstractContextManager[Work]], start: Start)
 
 
 def train_on(work: Work) -> None:
-    """Step, evaluate and save until the run is done, told to stop, or has diverged."""
+    """Step, evaluate and save until the run is done, told to stop, or has diverged.
+
+    Raises:
+        RunStopped: the run cannot go on; what is saved of it is told.
+    """
     run, config, stop = work.run, work.run.config, work.run.stop
     with stop_on_signal(stop):
         try:
@@ -65,6 +70,8 @@ def train_on(work: Work) -> None:
         except StepStopped:
             stop.agree()
             run.checkpoint()
+        except RunStopped as error:
+            raise RunStopped(f"{error}; {run.tell_saved()}") from error
 
 
 def evaluate_if_due(work: Work) -> None:

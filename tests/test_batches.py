@@ -139,7 +139,9 @@ def test_a_single_sequence_that_does_not_fit_stops_the_run_with_the_remedy():
     def work(rows, scale):
         raise OUT_OF_MEMORY[0]
 
-    with pytest.raises(RunStopped, match="single sequence of up to 9 tokens; give a smaller --max"):
+    with pytest.raises(
+        RunStopped, match="single sequence of up to 9 tokens; give --gradient_checkpointing true"
+    ):
         MicroBatches(CPU, 9).run([(4, 5), (1, 1)], range(2), work)
 
 

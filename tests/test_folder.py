@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,12 @@ from accelerate import Accelerator
 
 import runs.folder
 from optimizers import Muon
+from runs import lock
 from runs.checkpoint import MANIFEST, list_checkpoints, save_checkpoint, write_folder
-from runs.config import UserError, to_yaml
+from runs.config import RunStopped, UserError, to_yaml
 from runs.folder import Run, Start, environment, open_run, write_run
 from runs.lines import LINES
+from runs.loop import Work, train_on
 from sharding import Weights
 
 
@@ -36,6 +39,7 @@ class Settings:
     resume: str = "auto"
     tracker: str = "none"
     log_level: str = "info"
+    eval_every: int = 0
     save_every: int = 2
     keep_checkpoints: int = 5
 
@@ -373,16 +377,67 @@ def test_a_run_that_ends_leaves_final_and_says_where(config, make_run, capsys):
     assert f"final model: {Path(config.output) / 'final'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_a_stopped_run_leaves_no_final_and_names_only_what_is_there(config, make_run, capsys, saved):
-    run = make_run(config)
+@pytest.mark.parametrize(
+    ("resume", "saved", "done", "told"),
+    [
+        ("auto", 2, 2, "2 steps are saved, and the same command goes on. A model to use: {saved}"),
+        # As after a full disk, or in a run that diverged: the last steps are on no disk.
+        (
+            "auto",
+            2,
+            4,
+            "2 of 4 steps are saved, and the same command goes on from there. A model to use: {saved}",
+        ),
+        ("auto", None, 3, "none of 3 steps is saved, and the same command begins again"),
+        ("never", 2, 2, "2 steps are saved, and the same command with --resume auto goes on. A model to use"),
+    ],
+)
+def test_a_stopped_run_leaves_no_final_and_tells_what_is_saved(
+    config, make_run, capsys, resume, saved, done, told
+):
+    run = make_run(dataclasses.replace(config, resume=resume))
     if saved:
-        train(run, 2)
+        train(run, saved)
         run.checkpoint()
+    train(run, done - run.step)
     run.stop.agreed = 15
     assert run.finish() == 143
     assert not (Path(config.output) / "final").exists()
-    told = capsys.readouterr().out
-    assert f"stopped after {run.step} steps; the same command goes on." in told
-    assert ("A model to use: " + str(Path(config.output) / "checkpoints" / "step-000002") in told) == saved
-    assert ("A model to use" in told) == saved
+    printed = capsys.readouterr().out
+    assert "stopped: " + told.format(saved=Path(config.output) / "checkpoints" / "step-000002") in printed
+    assert ("A model to use" in printed) == bool(saved)
+
+
+def test_a_step_that_the_disk_did_not_take_is_not_said_to_be_saved(config, make_run, monkeypatch):
+    run = make_run(config)
+    train(run, 2)
+    run.checkpoint()
+    train(run, 1)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.folder, "save_checkpoint", full)
+        run.checkpoint()
+    assert run.tell_saved() == "2 of 3 steps are saved, and the same command goes on from there"
+    run.checkpoint()
+    assert run.tell_saved() == "3 steps are saved, and the same command goes on"
+    lock.release(run.folder, os.getpid())
+    # What was saved in another folder is not saved in this one.
+    other = dataclasses.replace(
+        config, output=f"{config.output}-2", resume=f"{config.output}/checkpoints/step-000002"
+    )
+    assert make_run(other).tell_saved() == "none of 2 steps is saved, and the same command begins again"
+
+
+def test_whoever_cannot_go_on_is_told_what_is_saved(config, make_run):
+    run = make_run(dataclasses.replace(config, eval_every=0))
+
+    def step():
+        if run.step == 3:
+            raise RunStopped("memory ran out")
+        train(run, 1)
+
+    with pytest.raises(RunStopped, match="^memory ran out; 2 of 3 steps are saved, and the same command"):
+        train_on(Work(run, step, evaluate=None, evaluates_first=False))

@@ -64,7 +64,7 @@ ROOMS = {
         "tiny",
         "tokenizer",
     ],
-    "runs.loop": ["memory", "runs.folder", "runs.signals"],
+    "runs.loop": ["memory", "runs.config", "runs.folder", "runs.signals"],
     # Engines: tokens in, tokens out.
     "inference": [],
     "inference.sampling": ["inference"],
