@@ -298,6 +298,8 @@ class Run:
             self._restore(state)
             if start.checkpoint.resolve().parent == (self.folder / "checkpoints").resolve():
                 self.saved_step = self.step
+            if start.is_rollback:
+                self.bad_in_a_row = 0  # at half the rate all is open
         self._set_rates(rates)
         accelerator.wait_for_everyone()
         if not accelerator.trackers:  # a run that goes back keeps them
@@ -389,6 +391,7 @@ class Run:
             "evaluated_step": self.evaluated_step,
             "not_better": self.not_better,
             "last_accuracy": self.last_accuracy,
+            "bad_in_a_row": self.bad_in_a_row,
             "memory": self.memory,
             "threads": torch.get_num_threads(),
             "optimizer": whole_state(self.optimizer, self.accelerator.is_main_process),
@@ -515,7 +518,7 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.drawn, self.best_accuracy = state["step"], state["drawn"], state["best_accuracy"]
         self.evaluated_step, self.not_better = state["evaluated_step"], state["not_better"]
-        self.last_accuracy = state["last_accuracy"]
+        self.last_accuracy, self.bad_in_a_row = state["last_accuracy"], state["bad_in_a_row"]
         if self.last_accuracy is not None:
             self.enough = self._why_enough(self.last_accuracy)  # by what is asked for now
         self.memory = state["memory"]

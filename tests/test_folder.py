@@ -247,14 +247,14 @@ def make_run(monkeypatch):
     monkeypatch.setattr(runs.folder, "save_model", lambda folder, model, tokenizer: write_weights(folder))
     monkeypatch.setattr(runs.folder, "write_report", lambda folder: folder / "report.html")
 
-    def make(config):
+    def make(config, start=None):
         torch.manual_seed(0)
         model = torch.nn.Linear(1, 1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
         accelerator = Accelerator()
         weights = Weights(accelerator, SimpleNamespace(model=model))
-        return Run(open_run(config), config, accelerator, weights, None, optimizer, scheduler)
+        return Run(start or open_run(config), config, accelerator, weights, None, optimizer, scheduler)
 
     return make
 
@@ -326,6 +326,21 @@ def test_a_checkpoint_of_another_optimizer_is_refused_and_nothing_lost(config, m
             Run(open_run(asked), asked, Accelerator(), None, None, optimizer, None)
     assert not (tmp_path / "other").exists()
     assert make_run(asked).step == 2
+
+
+def test_bad_updates_in_a_row_are_counted_on_after_a_stop_and_anew_after_a_way_back(config, make_run):
+    run = make_run(dataclasses.replace(config, max_rollbacks=1))
+    train(run, 1)
+    run.check_updates([None, "loss nan"], [])
+    run.checkpoint()
+    assert not run.diverged
+    again = make_run(dataclasses.replace(config, max_rollbacks=1))
+    train(again, 1)
+    again.check_updates(["loss nan"], [])
+    assert "2 updates in a row were not finite" in again.diverged
+    start = again.roll_back()
+    assert start.checkpoint == Path(config.output) / "checkpoints" / "step-000001"
+    assert make_run(config, start).bad_in_a_row == 0
 
 
 def test_best_is_the_best_and_not_the_last(config, make_run, monkeypatch):
