@@ -20,8 +20,7 @@ PLACES = {"report": "report.html", "best model": "best", "final model": "final",
 
 def summary(run: Record) -> dict[str, str]:
     """What one asks first of a run, each with its name."""
-    rows = run.held_out
-    best = max(rows, key=lambda row: row["accuracy_strict"], default=None)
+    rows, best = run.held_out, run.best
     return {
         "state": run.state,
         "method": run.method,
@@ -31,7 +30,7 @@ def summary(run: Record) -> dict[str, str]:
         "time in steps": duration(run.seconds),
         "accuracy at first": accuracy(rows[0]) if rows else NOTHING,
         "accuracy now": accuracy(rows[-1]) if rows else NOTHING,
-        "best accuracy": f"{accuracy(best)}, step {best['step']}" if best else NOTHING,
+        "best accuracy": f"{accuracy(best[0])}, {best[1]}" if best else NOTHING,
     }
 
 

@@ -35,7 +35,7 @@ from runs.checkpoint import (
 from runs.config import RunStopped, at_the_door, to_yaml
 from runs.lines import LINES, cut_lines, line_offsets
 from runs.metrics import RunLog, start_trackers
-from runs.records import read_rows
+from runs.records import EVALUATION, read_best, read_rows
 from runs.report import write_report
 from runs.signals import StopRequest
 from runs.watchdog import RUNAWAY, WINDOW, Watchdog
@@ -154,9 +154,9 @@ def write_run(start: Start, config: Any, model: Any = None) -> None:
                 shutil.rmtree(later)
     else:
         shutil.rmtree(checkpoints, ignore_errors=True)
-        shutil.rmtree(start.folder / "best", ignore_errors=True)
         if not start.is_rollback:
-            shutil.rmtree(start.folder / "incidents", ignore_errors=True)
+            for name in ("best", "incidents"):
+                shutil.rmtree(start.folder / name, ignore_errors=True)
         for name in LINES:
             (start.folder / name).unlink(missing_ok=True)
     (start.folder / SETTINGS).write_text(to_yaml(config))
@@ -242,7 +242,8 @@ class Run:
     Attributes:
         step: steps done.
         drawn: problems or examples drawn from the data so far, by all processes.
-        best_accuracy: of `best/`.
+        best_accuracy: of all evaluations up to here.
+        kept: the evaluation of `best/`, which does not go back where the run does; None without one.
         evaluated_step: steps done when it was last evaluated.
         not_better: evaluations since the best one.
         saved_step: steps done at the newest whole checkpoint in its folder; None without one.
@@ -306,6 +307,7 @@ class Run:
             start_trackers(accelerator, self.folder, config)
         self.log = RunLog(self.folder, accelerator, config.total_steps, self.step, config.log_level)
         self.watchdog = Watchdog(config)
+        self.kept = gather_object([read_best(self.folder)])[0]
         told = (read_rows(self.folder / name)[0] for name in ("metrics.jsonl", "eval.jsonl"))
         self.watchdog.replay(*told)
         trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
@@ -349,22 +351,26 @@ class Run:
             RunStopped: it has gone back `max_rollbacks` times already.
         """
         incidents, most = self.folder / "incidents", self.config.max_rollbacks
+        # What runs away has done so for a window of steps; bad updates have changed nothing.
+        since = self.step - (0 if self.bad_in_a_row >= self.config.max_bad_updates else WINDOW)
+        checkpoint = latest_checkpoint(self.folder, self.log.console.warn, until=since) or self.origin
         if self.rollbacks >= most:
             self.log.close()
             again = f" again, after going back to a checkpoint {most} times" if most else ""
             raise RunStopped(
                 f"step {self.step}: {self.diverged}{again}; see {incidents}. Give a smaller --learning_rate "
                 f"(now {self.config.learning_rate / 2**self.rollbacks:g}) with "
-                f"--resume {latest_checkpoint(self.folder) or 'never'}"
+                f"--resume {checkpoint or 'never'}"
             )
-        # What runs away has done so for a window of steps; bad updates have changed nothing.
-        since = self.step - (0 if self.bad_in_a_row >= self.config.max_bad_updates else WINDOW)
-        checkpoint = latest_checkpoint(self.folder, self.log.console.warn, until=since) or self.origin
         told = {"cause": self.diverged, "to": str(checkpoint)}
         self._keep_incident(f"rollback-{self.rollbacks + 1}", told)
+        best = ""
+        if self.kept:
+            figures = f"{self.kept['accuracy_strict']:.1%} after step {self.kept['step']}"
+            best = f"; best/ keeps its model ({figures}) until there is a better one"
         self.log.console.warn(
             f"step {self.step}: {self.diverged}; going back to {checkpoint or 'the beginning'} at half the "
-            "learning rate"
+            f"learning rate{best}"
         )
         self.log.console.bar.close()
         self.accelerator.wait_for_everyone()
@@ -441,7 +447,7 @@ class Run:
         self.diverged = next((finding.text for finding in found if finding.cause in RUNAWAY), None)
 
     def evaluated(self, name: str, figures: dict[str, Any], canaries: Sequence[dict[str, Any]] = ()) -> None:
-        """Record an evaluation, and keep the model as `best/` if none was better.
+        """Record an evaluation, and keep the model as `best/` if that has none as good.
 
         Args:
             name: of what was evaluated on.
@@ -455,15 +461,26 @@ class Run:
         self.log.found(found)
         accuracy = figures["accuracy_strict"]
         self.not_better = 0 if accuracy > self.best_accuracy else self.not_better + 1
+        self.best_accuracy = max(self.best_accuracy, accuracy)
         self.last_accuracy, self.enough = accuracy, self._why_enough(accuracy)
-        if accuracy > self.best_accuracy:
-            # Not before it is there: where the disk is full, the next evaluation as good may try again.
-            if error := self._write(lambda save: write_folder(self.folder / "best", save)):
-                self.log.console.warn(
-                    f"step {self.step}: best/ could not be written ({error}), and stays as it was"
-                )
-            else:
-                self.best_accuracy = accuracy
+        if self.kept is None or accuracy > self.kept["accuracy_strict"]:
+            self._keep_best({"step": self.step, "set": name, **figures})
+
+    def _keep_best(self, evaluation: dict[str, Any]) -> None:
+        def write(save: Callable[[Path], None]) -> None:
+            def save_all(temporary: Path) -> None:
+                save(temporary)
+                (temporary / EVALUATION).write_text(json.dumps(evaluation))
+
+            write_folder(self.folder / "best", save_all)
+
+        # Where the disk is full, the next evaluation as good may try again.
+        if error := self._write(write):
+            self.log.console.warn(
+                f"step {self.step}: best/ could not be written ({error}), and stays as it was"
+            )
+        else:
+            self.kept = evaluation
 
     def _why_enough(self, accuracy: float) -> str | None:
         target, patience = self.config.target_accuracy, self.config.patience

@@ -12,6 +12,7 @@ import yaml
 from runs import lock
 from runs.figures import is_reading
 
+EVALUATION = "evaluation.json"  # of best/
 ROLLOUT_BYTES = 1 << 20  # read of each end of rollouts.jsonl, which may hold gigabytes
 
 
@@ -26,6 +27,7 @@ class Record:
         metrics: a row a step.
         evaluations: a row an evaluation.
         broken: lines of these two that could not be read.
+        kept: the evaluation of the model in `best/`; None without one.
     """
 
     folder: Path
@@ -34,6 +36,7 @@ class Record:
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     broken: int
+    kept: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -56,6 +59,19 @@ class Record:
     def held_out(self) -> list[dict[str, Any]]:
         """The evaluations on the set that was first evaluated on."""
         return [row for row in self.evaluations if row["set"] == self.evaluations[0]["set"]]
+
+    @property
+    def best(self) -> tuple[dict[str, Any], str] | None:
+        """The best evaluation and when it was; None without any. A run that went back may tell of it no more,
+        but `best/` has its model.
+        """
+        rows, kept = self.held_out, [self.kept] if self.kept else []
+        row = max([*rows, *kept], key=lambda row: row["accuracy_strict"], default=None)
+        if row is None:
+            return None
+        when = f"after step {row['step']}" if row["step"] else "before training"
+        is_told = any(all(row[key] == told[key] for key in ("step", "accuracy_strict")) for told in rows)
+        return row, when if is_told else f"{when}, before it went back"
 
     @property
     def last_step(self) -> int:
@@ -82,7 +98,13 @@ def read_run(folder: Path) -> Record:
     metrics, broken_metrics = read_rows(folder / "metrics.jsonl")
     evaluations, broken_evaluations = read_rows(folder / "eval.jsonl")
     config, environment = _read_yaml(folder / "config.yaml"), _read_json(folder / "environment.json")
-    return Record(folder, config, environment, metrics, evaluations, broken_metrics + broken_evaluations)
+    broken = broken_metrics + broken_evaluations
+    return Record(folder, config, environment, metrics, evaluations, broken, read_best(folder))
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """The step and the figures of the model in a run's `best/`; None where there is none."""
+    return _read_json(folder / "best" / EVALUATION) or None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

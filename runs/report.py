@@ -69,13 +69,13 @@ def _tiles(run: Record) -> str:
     tiles = []
     if rows := run.held_out:
         name = rows[0]["set"]
-        best = max(rows, key=lambda row: row["accuracy_strict"])
+        best, when = run.best
         ends = [("first", rows[0]), ("last", rows[-1])] if len(rows) > 1 else [("only", rows[0])]
         for which, row in ends:
             low, high = row["ci95"]
             under = f"{_when(row)}; 95% interval {low:.1%} to {high:.1%}, n = {row['n']}"
             if which == "last" and best["accuracy_strict"] > row["accuracy_strict"]:
-                under += f"; best {best['accuracy_strict']:.1%} {_when(best)}"
+                under += f"; best {best['accuracy_strict']:.1%} {when}"
             tiles.append((f"{which} {name} accuracy", f"{row['accuracy_strict']:.1%}", under))
     else:
         tiles.append(("validation accuracy", "–", "no evaluation was made"))

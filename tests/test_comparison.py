@@ -44,7 +44,7 @@ def test_a_summary_has_steps_time_and_accuracy_with_intervals(tmp_path):
         "time in steps": "2 min",
         "accuracy at first": "10.0% (5.0% to 15.0%, n = 200)",
         "accuracy now": "50.0% (45.0% to 55.0%, n = 200)",
-        "best accuracy": "60.0% (55.0% to 65.0%, n = 200), step 30",
+        "best accuracy": "60.0% (55.0% to 65.0%, n = 200), after step 30",
     }
 
 

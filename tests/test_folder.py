@@ -17,10 +17,12 @@ import runs.folder
 from optimizers import Muon
 from runs import lock
 from runs.checkpoint import MANIFEST, list_checkpoints, save_checkpoint, write_folder
+from runs.comparison import summary
 from runs.config import RunStopped, UserError, to_yaml
 from runs.folder import Run, Start, environment, open_run, write_run
 from runs.lines import LINES
 from runs.loop import Work, train_on
+from runs.records import read_run
 from sharding import Weights
 
 
@@ -268,6 +270,10 @@ def train(run, steps):
         run.log.step(run.step, {"policy/loss": float(run.step)})
 
 
+def best_of(config):
+    return json.loads((Path(config.output) / "best" / "evaluation.json").read_text())
+
+
 def figures(accuracy):
     return {"accuracy_strict": accuracy, "ci95": [0.0, 1.0], "n": 8}
 
@@ -343,13 +349,72 @@ def test_bad_updates_in_a_row_are_counted_on_after_a_stop_and_anew_after_a_way_b
     assert make_run(config, start).bad_in_a_row == 0
 
 
-def test_best_is_the_best_and_not_the_last(config, make_run, monkeypatch):
-    run, saved = make_run(config), []
-    monkeypatch.setattr(runs.folder, "write_folder", lambda target, write: saved.append(target.name))
-    for accuracy in (0.0, 0.5, 0.5, 0.4, 0.6):
+def test_best_is_the_best_and_not_the_last(config, make_run):
+    run = make_run(config)
+    for accuracy, kept in ((0.0, 0), (0.5, 1), (0.5, 1), (0.4, 1), (0.6, 4)):
         run.evaluated("validation", figures(accuracy))
-    assert saved == ["best", "best", "best"]
+        assert best_of(config)["step"] == kept
+        train(run, 1)
+    assert best_of(config) == {"step": 4, "set": "validation", **figures(0.6)}
+    assert (Path(config.output) / "best" / "model.safetensors").is_file()
     assert run.best_accuracy == 0.6
+
+
+def test_best_stays_where_the_run_goes_back_and_says_what_it_is(config, make_run, capsys):
+    config = dataclasses.replace(config, max_rollbacks=1)
+    first = make_run(config)
+    train(first, 1)
+    first.evaluated("validation", figures(0.5))
+    train(first, 1)
+    first.checkpoint()
+    train(first, 1)
+    first.evaluated("validation", figures(0.8))
+    first.diverged = "it was told so"
+    start = first.roll_back()
+    assert "best/ keeps its model (80.0% after step 3) until there is a better one" in capsys.readouterr().out
+
+    second = make_run(config, start)
+    assert (second.best_accuracy, second.kept["step"]) == (0.5, 3)
+    told = read_run(Path(config.output))
+    assert [row["step"] for row in told.evaluations] == [1]
+    assert summary(told)["best accuracy"].endswith("n = 8), after step 3, before it went back")
+    train(second, 1)
+    second.evaluated("validation", figures(0.7))  # the best since, and so no cause for impatience
+    assert (second.best_accuracy, second.not_better) == (0.7, 0)
+    assert best_of(config)["accuracy_strict"] == 0.8
+    train(second, 1)
+    second.evaluated("validation", figures(0.9))
+    assert best_of(config)["step"] == 4
+    assert summary(read_run(Path(config.output)))["best accuracy"].endswith("n = 8), after step 4")
+
+
+def test_a_run_that_was_killed_after_its_best_evaluation_finds_it_again(config, make_run):
+    first = make_run(config)
+    train(first, 2)
+    first.checkpoint()
+    train(first, 1)
+    first.evaluated("validation", figures(0.8))
+    second = make_run(config)
+    train(second, 1)
+    second.evaluated("validation", figures(0.8))
+    assert (second.best_accuracy, second.not_better) == (first.best_accuracy, first.not_better) == (0.8, 0)
+    assert best_of(config)["step"] == 3
+
+
+def test_a_best_model_that_the_disk_did_not_take_is_tried_again(config, make_run, monkeypatch):
+    run = make_run(config)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.folder, "write_folder", full)
+        run.evaluated("validation", figures(0.5))
+    assert run.kept is None
+    train(run, 1)
+    run.evaluated("validation", figures(0.4))
+    assert best_of(config)["accuracy_strict"] == 0.4
+    assert run.not_better == 1
 
 
 @pytest.mark.parametrize(
