@@ -303,8 +303,7 @@ class Run:
                 self.bad_in_a_row = 0  # at half the rate all is open
         self._set_rates(rates)
         accelerator.wait_for_everyone()
-        if not accelerator.trackers:  # a run that goes back keeps them
-            start_trackers(accelerator, self.folder, config)
+        start_trackers(accelerator, self.folder, config, self.step, self.rollbacks)
         self.log = RunLog(self.folder, accelerator, config.total_steps, self.step, config.log_level)
         self.watchdog = Watchdog(config)
         self.kept = gather_object([read_best(self.folder)])[0]
@@ -373,6 +372,7 @@ class Run:
             f"learning rate{best}"
         )
         self.log.console.bar.close()
+        self.log.end_trackers()
         self.accelerator.wait_for_everyone()
         return Start(self.folder, checkpoint, is_rollback=True)
 

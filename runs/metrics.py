@@ -17,16 +17,28 @@ TABLE = ("step", "question", "completion", "gold", "extracted", "correct", "rewa
 TABLE_ROWS = 16
 
 
-def start_trackers(accelerator: Accelerator, folder: Path, config: Any) -> None:
-    """Begin a tracker's run, named after the folder, with the configuration as numbers and strings."""
+def start_trackers(
+    accelerator: Accelerator, folder: Path, config: Any, first_step: int = 0, rollbacks: int = 0
+) -> None:
+    """Begin a tracker's run, named after the folder, with the configuration as numbers and strings.
+
+    Args:
+        accelerator: holds it.
+        folder: the run's.
+        config: of the run.
+        first_step: steps already done; what TensorBoard was told of later ones is forgotten.
+        rollbacks: how often the run went back: W&B takes no step twice, and so every time is a run there.
+    """
     if config.tracker == "none":
         return
     settings = {
         key: value if isinstance(value, int | float | str) else str(value)
         for key, value in asdict(config).items()
     }
-    takes_name = {name: {"name": folder.resolve().name} for name in ("wandb", "trackio")}
-    accelerator.init_trackers("ponder", config=settings, init_kwargs=takes_name)
+    name = folder.resolve().name + (f"-back-{rollbacks}" if rollbacks else "")
+    options = {tracker: {"name": name} for tracker in ("wandb", "trackio")}
+    options["tensorboard"] = {"purge_step": first_step + 1 if first_step else 0}
+    accelerator.init_trackers("ponder", config=settings, init_kwargs=options)
 
 
 class RunLog:
@@ -94,6 +106,10 @@ class RunLog:
     def close(self) -> None:
         """End the console and the trackers."""
         self.console.close()
+        self.end_trackers()
+
+    def end_trackers(self) -> None:
+        """End the trackers' runs."""
         for tracker in self.accelerator.trackers:  # the processes stay together: another run may follow
             tracker.finish()
         self.accelerator.trackers = []

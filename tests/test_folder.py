@@ -361,7 +361,7 @@ def test_best_is_the_best_and_not_the_last(config, make_run):
 
 
 def test_best_stays_where_the_run_goes_back_and_says_what_it_is(config, make_run, capsys):
-    config = dataclasses.replace(config, max_rollbacks=1)
+    config, ended = dataclasses.replace(config, max_rollbacks=1), []
     first = make_run(config)
     train(first, 1)
     first.evaluated("validation", figures(0.5))
@@ -370,7 +370,9 @@ def test_best_stays_where_the_run_goes_back_and_says_what_it_is(config, make_run
     train(first, 1)
     first.evaluated("validation", figures(0.8))
     first.diverged = "it was told so"
+    first.accelerator.trackers = [SimpleNamespace(finish=lambda: ended.append(1))]
     start = first.roll_back()
+    assert (ended, first.accelerator.trackers) == ([1], [])  # no tracker takes a step twice
     assert "best/ keeps its model (80.0% after step 3) until there is a better one" in capsys.readouterr().out
 
     second = make_run(config, start)

@@ -6,6 +6,7 @@ import sqlite3
 import struct
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,31 @@ def test_tensorboard_keeps_the_numbers_in_float32(tmp_path):
             seen[event.step][name] = event.value
     as_float32 = {step: {name: float(np.float32(v)) for name, v in row.items()} for step, row in told.items()}
     assert seen == as_float32
+
+
+def test_tensorboard_forgets_the_steps_after_the_one_that_a_run_goes_back_to(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="reading TensorBoard's events back needs tensorboard",
+    )
+    accelerator = make_accelerator("tensorboard", str(tmp_path))
+    for rollbacks, first_step in enumerate((0, 1)):
+        start_trackers(accelerator, tmp_path, Config("tensorboard"), first_step, rollbacks)
+        log = RunLog(tmp_path, accelerator, total_steps=4, first_step=first_step)
+        for step in range(first_step + 1, 4 - rollbacks):
+            log.step(step, {"policy/loss": float(10 * rollbacks + step)})
+        log.end_trackers()
+    kept = event_accumulator.EventAccumulator(str(tmp_path / "ponder")).Reload()
+    assert [(event.step, event.value) for event in kept.Scalars("policy/loss")] == [(1, 1.0), (2, 12.0)]
+
+
+def test_a_run_that_goes_back_is_another_one_for_trackers_that_take_no_step_twice(tmp_path):
+    asked = []
+    accelerator = SimpleNamespace(init_trackers=lambda *project, **how: asked.append(how["init_kwargs"]))
+    for rollbacks in (0, 1):
+        start_trackers(accelerator, tmp_path / "run", Config("wandb"), 0, rollbacks)
+    assert [options["wandb"]["name"] for options in asked] == ["run", "run-back-1"]
+    assert [options["trackio"]["name"] for options in asked] == ["run", "run-back-1"]
 
 
 @pytest.mark.slow
