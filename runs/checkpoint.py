@@ -49,6 +49,20 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def clear_up(run: Path) -> None:
+    """Put right what a kill left in a run's folder, which nobody else may be using: a folder that was moved
+    aside and not yet replaced comes back; what was half written goes, and so do weights that were handed to
+    servers of the run that is no more.
+    """
+    for place in (run, run / "checkpoints"):
+        for aside in place.glob(".*.old"):
+            target = aside.with_name(aside.name[1:].removesuffix(".old"))
+            if not target.exists():
+                os.replace(aside, target)
+        for left in (*place.glob(".*.old"), *place.glob(".*.tmp"), *place.glob(".weights-*")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _fill(temporary: Path, write: Callable[[Path], None]) -> None:
     temporary.mkdir(parents=True)
     try:

@@ -25,6 +25,7 @@ from runs import lock
 from runs.checkpoint import (
     MANIFEST,
     STATE,
+    clear_up,
     find_damage,
     latest_checkpoint,
     list_checkpoints,
@@ -91,8 +92,8 @@ def open_run(config: Any) -> Start:
         config: has `output`, `resume` ("auto", "never", or a checkpoint's folder) and `total_steps`.
 
     Raises:
-        ValueError: the folder cannot be written, is in use, or holds a run of another configuration; or the
-            checkpoint that `resume` names is of one.
+        ValueError: the folder cannot be written, is in use, or holds a run of another configuration or
+            damaged checkpoints alone; or the checkpoint that `resume` names is of another configuration.
         FileNotFoundError: `resume` names a folder that is no whole checkpoint.
     """
     folder = Path(config.output)
@@ -115,7 +116,14 @@ def open_run(config: Any) -> Start:
     is_finished = (folder / "final" / MANIFEST).is_file() and before["total_steps"] >= config.total_steps
     ends = ("target_accuracy", "patience")
     is_finished = is_finished and all(before.get(end) == getattr(config, end) for end in ends)
-    return Start(folder, latest_checkpoint(folder), is_finished)
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None and list_checkpoints(folder):
+        raise ValueError(
+            f"output {str(folder)!r}: none of its checkpoints is whole; give --resume never to start over "
+            "there, which removes them, or another --output and what is left as --model, such as "
+            f"{folder / 'best'}"
+        )
+    return Start(folder, checkpoint, is_finished)
 
 
 def _start_from(checkpoint: Path, config: Any) -> Start:
@@ -144,6 +152,7 @@ def write_run(start: Start, config: Any, model: Any = None) -> None:
     checkpoints = start.folder / "checkpoints"
     start.folder.mkdir(parents=True, exist_ok=True)
     lock.take(start.folder)
+    clear_up(start.folder)
     shutil.rmtree(start.folder / "final", ignore_errors=True)
     if config.resume != "auto" and not start.is_rollback:  # a rate that was asked for is not halved again
         for file in start.folder.glob("incidents/rollback-*.json"):

@@ -12,6 +12,7 @@ import runs.checkpoint
 from runs.checkpoint import (
     MANIFEST,
     STATE,
+    clear_up,
     find_damage,
     latest_checkpoint,
     list_checkpoints,
@@ -180,8 +181,20 @@ def test_a_crash_between_the_two_renames_loses_neither_the_old_folder_nor_the_ne
     assert sorted(os.listdir(tmp_path)) == [".best.old", ".best.tmp"]
     assert find_damage(tmp_path / ".best.old") is None
     assert find_damage(tmp_path / ".best.tmp") is None
-    write_folder(tmp_path / "best", write_model)
+    clear_up(tmp_path)
     assert os.listdir(tmp_path) == ["best"]
+    assert find_damage(tmp_path / "best") is None
+
+
+def test_what_a_kill_left_is_cleared_up(tmp_path):
+    whole = save(tmp_path, 2)
+    for left in (".best.tmp", "checkpoints/.step-000004.tmp", "checkpoints/.step-000002.old", ".weights-x1"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "model.safetensors").write_bytes(b"half")
+    clear_up(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoints"]
+    assert os.listdir(tmp_path / "checkpoints") == [whole.name]
+    assert find_damage(whole) is None
 
 
 # ------------------------------------------------------------------------------------------------------------

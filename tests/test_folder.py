@@ -91,6 +91,27 @@ def test_a_stopped_run_goes_on_from_its_newest_checkpoint(config):
     assert open_run(config) == Start(Path(config.output), newest, is_finished=False)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_thrown_away(config, capsys):
+    begin(config)
+    for step in (1, 2):
+        (save(config.output, step) / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match="none of its checkpoints is whole; give --resume never"):
+        open_run(config)
+    assert capsys.readouterr().out.count("is damaged (model.safetensors is not what was written)") == 2
+    assert begin(config, resume="never").checkpoint is None
+
+
+def test_what_a_killed_run_left_half_done_is_cleared_up_when_it_goes_on(config):
+    begin(config)
+    save(config.output, 1)
+    left = Path(config.output) / ".weights-1"
+    left.mkdir()
+    open_run(config)
+    assert left.is_dir()  # who only looks changes nothing
+    begin(config)
+    assert not left.exists()
+
+
 def test_a_finished_run_is_finished_until_more_steps_are_asked_for(config):
     begin(config)
     last = save(config.output, 4)
