@@ -178,9 +178,19 @@ def take_step(
     scheduler: LRScheduler,
     loss: float,
     max_grad_norm: float,
+    logprobs: float = 0.0,
 ) -> tuple[float, str | None]:
-    """Clip the gradients and step; but leave the weights alone where loss or gradient are not finite, on all
-    processes if on one. The learning rate moves on in any case.
+    """Clip the gradients and step; but leave the weights alone where loss, gradient or log-probabilities are
+    not finite, on all processes if on one. The learning rate moves on in any case.
+
+    Args:
+        accelerator: of the run.
+        policy: whose gradients are there.
+        optimizer: as prepared.
+        scheduler: of the learning rate.
+        loss: of this process.
+        max_grad_norm: gradients are clipped to this norm.
+        logprobs: the sum of all that the loss was made of, where it may hide that one is not finite.
 
     Returns:
         The gradients' norm before clipping, and why there was no step; None where there was.
@@ -190,8 +200,10 @@ def take_step(
     # and scales less from there on, until less is nothing.
     scaler = accelerator.scaler
     may_overflow = scaler is not None and scaler.get_scale() >= 1
-    is_fine = math.isfinite(loss) and (math.isfinite(grad_norm) or may_overflow)
-    told = gather_object([None if is_fine else f"loss {loss:g}, gradient norm {grad_norm:g}"])
+    is_fine = math.isfinite(loss) and (math.isfinite(grad_norm) or may_overflow) and math.isfinite(logprobs)
+    figures = f"loss {loss:g}, gradient norm {grad_norm:g}"
+    figures += "" if math.isfinite(logprobs) else f", log-probabilities {logprobs:g}"
+    told = gather_object([None if is_fine else figures])
     cause = next((cause for cause in told if cause), None)
     if cause is None:
         optimizer.step()

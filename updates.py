@@ -88,7 +88,7 @@ def update(
     def restart() -> None:
         optimizer.zero_grad()
         sums.clear()
-        sums.update(dict.fromkeys(("tokens", "loss", "value_loss", "ratio_max"), 0.0))
+        sums.update(dict.fromkeys(("tokens", "loss", "logprobs", "value_loss", "ratio_max"), 0.0))
 
     def learn(chosen: list[int], scale: float) -> None:
         tensors = batch.select(chosen, accelerator.device)
@@ -99,6 +99,7 @@ def update(
         accelerator.backward(loss * accelerator.num_processes)
         sums["loss"] += float(loss.detach())
         sums["ratio_max"] = max(sums["ratio_max"], stats.pop("ratio_max"))
+        sums["logprobs"] += stats.pop("logprobs")
         sums["value_loss"] += stats.pop("value_loss", 0.0)
         tokens = stats.pop("tokens") * scale
         sums["tokens"] += tokens
@@ -113,15 +114,15 @@ def update(
         for parameter in accelerator.unwrap_model(policy).model.parameters():
             parameter.grad = None
     movers = (accelerator, policy, optimizer, scheduler)
-    grad_norm, cause = take_step(*movers, sums["loss"], config.max_grad_norm)
+    grad_norm, cause = take_step(*movers, sums["loss"], config.max_grad_norm, sums.pop("logprobs"))
     return {**sums, "grad_norm": grad_norm, "cause": cause}
 
 
 def micro_loss(
     policy: Any, tensors: dict[str, Tensor], config: Any, kl_coef: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a micro-batch, and what it tells: the
-    number of tokens, means over them, the largest ratio.
+    """The loss of a micro-batch, and what it tells: the number of tokens, means over them, the largest ratio,
+    and the sum of the log-probabilities.
     """
     mask = tensors["completion_mask"]
     logprobs, entropy, values = policy(**model_inputs(tensors), temperature=config.temperature)
@@ -158,6 +159,8 @@ def micro_loss(
         stats["value_loss"] = of_critic.detach()
         moved = (values.detach() - tensors["values"]).abs() > config.value_clip
         tells["value_clip_fraction"] = moved.to(values.dtype)
+    # Finite where all of them are; in the loss clipping may hide the one that is not.
+    stats["logprobs"] = torch.where(mask, logprobs.detach() + old_logprobs, 0).sum()
     for name, figures in tells.items():
         stats[name] = torch.where(mask, figures, 0).sum() / stats["tokens"].clamp(min=1)
     return loss, {name: float(value) for name, value in stats.items()}

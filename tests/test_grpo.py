@@ -1,6 +1,7 @@
 """The step of train_grpo: credit, the choice of groups, and a gradient that nothing but the data decides."""
 
 import copy
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,33 @@ def test_a_group_without_a_difference_teaches_nothing_but_keeps_its_share_of_the
     first, _ = gradient(policy, accelerator, settings, one)
     half, _ = gradient(policy, accelerator, settings, two)
     assert (2 * half - first).norm() / first.norm() < 1e-5
+
+
+@pytest.mark.parametrize("of", ["the sampler's", "the policy's"])
+def test_a_log_probability_that_is_not_finite_keeps_the_weights_also_where_clipping_hides_it(
+    policy, accelerator, monkeypatch, of
+):
+    settings = config(updates_per_rollout=1)
+    batch = make_batch(policy, accelerator, settings, [group(0, [1.0, 0.0, 0.0, 0.0])])
+    if of == "the sampler's":  # a ratio without end, which is clipped where the advantage is positive
+        batch.tensors["old_logprobs"] = batch.tensors["old_logprobs"].clone()  # apart from what was sampled
+        batch.tensors["old_logprobs"][0, 0] = -torch.inf
+    else:
+        forward = Policy.forward
+
+        def forbid(self, *arguments, **named):
+            logprobs, *rest = forward(self, *arguments, **named)
+            return logprobs.index_fill(1, torch.tensor([0]), -torch.inf), *rest
+
+        monkeypatch.setattr(Policy, "forward", forbid)
+    optimizer = SimpleNamespace(step=lambda: pytest.fail("it moved"), zero_grad=policy.zero_grad)
+    scheduler = SimpleNamespace(step=lambda: None)
+    micro_batches = MicroBatches(accelerator, 10_000)
+    rows = list(range(4))
+    told = update(policy, optimizer, scheduler, micro_batches, batch, rows, settings, 0.0)
+    assert math.isfinite(told["loss"])
+    assert math.isfinite(told["grad_norm"])
+    assert told["cause"].endswith("log-probabilities -inf")
 
 
 @pytest.fixture(scope="module")
