@@ -5,7 +5,10 @@ line each, with what to change, where there is something to tell. `rehearsal` is
 """
 
 import math
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -24,9 +27,7 @@ LOOKED_AT = 64  # texts among which the longest prompt is looked for
 
 
 def choose_problems(config: Any, tokenizer: Any, reward_set: RewardSet) -> tuple[list[Problem], str]:
-    """The problems to train on, and a sentence that counts those left out and why.
-
-    A prompt over `max_prompt_tokens` is left out and never cut: half a question is another question.
+    """The problems to train on, and a sentence that counts those left out or cut and why.
 
     Args:
         config: a `train_grpo.GRPOConfig`.
@@ -34,24 +35,16 @@ def choose_problems(config: Any, tokenizer: Any, reward_set: RewardSet) -> tuple
         reward_set: decides whether golds matter.
 
     Raises:
-        ValueError: nothing is left; or golds that the verifier cannot read, and `on_bad_gold` stop.
+        ValueError: nothing is left; or golds that the verifier cannot read or prompts over the limit, and
+            `on_bad_gold` or `on_long_prompt` stop.
     """
     gold = needs_gold(reward_set)
     problems = load_problems(
         config.data, "train", limit=config.limit, require_gold=gold, **config.data_arguments()
     )
-    # A token is a byte at least: of most questions that is enough to know that they fit.
-    room = config.max_prompt_tokens - len(encode_prompt(tokenizer, ""))
-    fitting = [
-        problem
-        for problem in problems
-        if len(problem.question.encode()) <= room
-        or len(encode_prompt(tokenizer, problem.question)) <= config.max_prompt_tokens
-    ]
+    fitting, told_long = fit_prompts(problems, tokenizer, config)
     kept = [problem for problem in fitting if not gold or can_judge(problem.gold, problem.columns)]
-    told = f"{len(problems)} problems"
-    if len(fitting) < len(problems) or config.dry_run:
-        told += f", {len(problems) - len(fitting)} left out over max_prompt_tokens"
+    told = f"{len(problems)} problems{told_long}"
     if len(kept) < len(fitting):
         told += f", {_count_bad_golds(config, fitting, kept)}"
     if not kept:
@@ -59,6 +52,65 @@ def choose_problems(config: Any, tokenizer: Any, reward_set: RewardSet) -> tuple
             f"data {config.data!r} leaves nothing to train on: {told}; raise --max_prompt_tokens"
         )
     return kept, told
+
+
+def fit_prompts(problems: list[Problem], tokenizer: Any, config: Any) -> tuple[list[Problem], str]:
+    """The problems with the prompts over `max_prompt_tokens` left out or cut, as `on_long_prompt` says, and
+    what to tell of these; empty where there are none, except in a dry run.
+
+    Raises:
+        ValueError: there are some, and `on_long_prompt` is stop; or nothing can be cut, as the system prompt
+            and the template alone are over the limit.
+    """
+    limit, choice = config.max_prompt_tokens, config.on_long_prompt
+    frame = len(encode_prompt(tokenizer, ""))
+    # A token is a byte at least: of most questions that is enough to know that they fit.
+    over = {
+        index: tokens
+        for index, problem in enumerate(problems)
+        if len(problem.question.encode()) > limit - frame
+        and (tokens := len(encode_prompt(tokenizer, problem.question))) > limit
+    }
+    if over and choice == "stop":
+        raise ValueError(
+            f"data {config.data!r}: {len(over)} of {len(problems)} prompts are over max_prompt_tokens {limit}"
+            f", the longest has {max(over.values())}; give more, or --on_long_prompt drop or cut"
+        )
+    if over and choice == "cut":
+        if frame >= limit:
+            raise ValueError(
+                f"max_prompt_tokens must be > {frame}, which the system prompt and the chat template take, "
+                f"got {limit}; a question cannot be cut to nothing"
+            )
+        fitting = [
+            replace(problem, question=cut_question(tokenizer, problem.question, limit))
+            if index in over
+            else problem
+            for index, problem in enumerate(problems)
+        ]
+    else:
+        fitting = [problem for index, problem in enumerate(problems) if index not in over]
+    done = "cut to their end" if choice == "cut" else "left out"
+    return fitting, f", {len(over)} {done} over max_prompt_tokens" if over or config.dry_run else ""
+
+
+def cut_question(tokenizer: Any, question: str, limit: int) -> str:
+    """The longest end of a question whose prompt has at most `limit` tokens; it begins with a whole word, if
+    the last one fits.
+    """
+
+    def fits(start: int) -> bool:
+        return len(encode_prompt(tokenizer, question[start:])) <= limit
+
+    words = [word.start() for word in re.finditer(r"\S+", question)]
+    for starts in (words, range(words[-1], len(question))):
+        place = bisect_left(starts, True, key=fits)
+        # A shorter end may have a token more, where it parts a word otherwise.
+        while place < len(starts) and not fits(starts[place]):
+            place += 1
+        if place < len(starts):
+            return question[starts[place] :]
+    return ""
 
 
 def _count_bad_golds(config: Any, problems: list[Problem], readable: list[Problem]) -> str:

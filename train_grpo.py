@@ -480,7 +480,8 @@ def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int | Non
     if config.model != GRPOConfig.model or (Path(config.model) / "config.json").is_file():
         return None
     accelerator.print(f"{config.model} is not there yet: running the cold start first (python train_sft.py)")
-    shared = ("data", "data_options", "seed", "log_level", "dry_run", "price_per_hour")
+    shared = ("data", "data_options", "max_prompt_tokens", "on_long_prompt", "seed")
+    shared += ("log_level", "dry_run", "price_per_hour")
     same_task = {name: getattr(config, name) for name in shared}
     code = cold_start(SFTConfig(**same_task, **asking(config)), accelerator)
     if config.dry_run:

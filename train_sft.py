@@ -29,7 +29,7 @@ from memory import peak_memory
 from models import Policy, attend_fast, compute_dtype, make_accelerator
 from optimizers import OptimizerName, make_optimizer, make_scheduler, take_step
 from plan import Load
-from preflight import check_memory, check_template, sft_load, tell
+from preflight import check_memory, check_template, fit_prompts, sft_load, tell
 from prompts import answer_style, completion_prefix, in_style, render_prompt
 from rehearsal import dry_run, rehearse_sft
 from runs.config import at_the_door, parse_config, require, run_script
@@ -99,29 +99,29 @@ def encode_examples(problems: list[Problem], tokenizer: Any, config: SFTConfig) 
     """Tokenize the worked examples.
 
     Returns:
-        The examples that fit, and a sentence that counts what was left out and why.
+        The examples that fit, and a sentence that counts what was left out or cut and why.
 
     Raises:
-        ValueError: nothing is left to train on.
+        ValueError: nothing is left to train on; or prompts over the limit, and `on_long_prompt` is stop.
     """
-    examples, unworked, overlong = [], 0, 0
-    for problem in problems:
-        if problem.completion is None:
-            unworked += 1
-            continue
+    examples, overlong = [], 0
+    worked = [problem for problem in problems if problem.completion is not None]
+    fitting, told_long = fit_prompts(worked, tokenizer, config)
+    for problem in fitting:
         prompt = render_prompt(tokenizer, problem.question)
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
         # What the template writes of the completion is the prompt's.
         completion = in_style(problem.completion, answer_style(prompt))
         completion = completion.removeprefix(completion_prefix(prompt))
         completion_ids = [*tokenizer.encode(completion, add_special_tokens=False), tokenizer.eos_token_id]
-        if len(prompt_ids) > config.max_prompt_tokens or len(completion_ids) > config.max_completion_tokens:
+        if len(completion_ids) > config.max_completion_tokens:
             overlong += 1
             continue
         examples.append(Example(prompt_ids, completion_ids))
     told = f"{len(problems)} problems, {len(examples)} worked examples"
+    unworked = len(problems) - len(worked)
     told += f", {unworked} left out without a worked completion" if unworked else ""
-    told += f", {overlong} left out over max_prompt_tokens or max_completion_tokens" if overlong else ""
+    told += told_long + (f", {overlong} left out over max_completion_tokens" if overlong else "")
     if not examples:
         raise ValueError(f"data {config.data!r} leaves nothing to train on: {told}")
     return examples, told

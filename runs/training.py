@@ -49,7 +49,10 @@ class TrainingConfig:
     limit: int | None = None
     """Train on at most this many problems."""
     max_prompt_tokens: int = 1024
-    """Problems with a longer prompt are left out, and counted."""
+    """A longer prompt, system prompt and template included, is dealt with by on_long_prompt."""
+    on_long_prompt: Literal["drop", "cut", "stop"] = "drop"
+    """Leave such problems out, and say how many; cut the beginning of their question, whose end mostly asks,
+    and say of how many; or stop."""
     system_prompt: str | None = None
     """Replaces the system prompt that the model's chat template gets from us; the empty text for none."""
     answer_style: AnswerStyle | None = None

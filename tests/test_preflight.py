@@ -10,12 +10,14 @@ from conftest import CHATML
 
 import plan
 import preflight
+from data import Problem
 from plan import MIB, Load
-from preflight import check_memory, check_template, choose_problems, grpo_load, turn_end
-from prompts import prepare_tokenizer
+from preflight import check_memory, check_template, choose_problems, cut_question, grpo_load, turn_end
+from prompts import encode_prompt, prepare_tokenizer, render_prompt
 from rewards import parse_rewards
 from tiny import TINY, build_tiny_tokenizer
 from train_grpo import GRPOConfig
+from train_sft import SFTConfig, encode_examples
 
 LOAD = Load(prompt=20, completion=40, limit=40, group_size=4, rows=32, sampled=32)
 
@@ -49,7 +51,7 @@ def choose(data, rewards=None, **changes):
 # Problems
 
 
-def test_prompts_over_the_limit_are_counted_and_never_cut(data_file):
+def test_prompts_over_the_limit_are_left_out_and_counted(data_file):
     long = "How many apples? " * 9
     data = data_file(["1", "2", "3"], ["1 + 1 = ?", long, "2 + 1 = ?"])
     kept, told = choose(data, max_prompt_tokens=20)
@@ -64,6 +66,60 @@ def test_prompts_over_the_limit_are_counted_and_never_cut(data_file):
     )
     with pytest.raises(ValueError, match="leaves nothing to train on.*raise --max_prompt_tokens"):
         choose(data, max_prompt_tokens=5)
+
+
+STORY = "Tom has 12 apples, and buys 30 more at the market. " * 4 + "How many apples are there?"
+
+
+@pytest.mark.parametrize("limit", [60, 75, 90, 100])
+def test_prompts_over_the_limit_are_cut_to_their_end_where_that_is_asked_for(data_file, chat, limit):
+    data = data_file(["1", "2", "3"], ["1 + 1 = ?", STORY, "2 + 1 = ?"])
+    config = GRPOConfig(data=data, max_prompt_tokens=limit, on_long_prompt="cut", system_prompt="Think!")
+    prepare_tokenizer(chat, system_prompt="Think!")
+    kept, told = choose_problems(config, chat, parse_rewards({"correct": 1.0}))
+    assert told == "3 problems, 1 cut to their end over max_prompt_tokens"
+    assert [kept[0].question, kept[2].question] == ["1 + 1 = ?", "2 + 1 = ?"]
+    cut = kept[1].question
+    assert kept[1].gold == "2"
+    assert STORY.endswith(" " + cut)  # a whole word begins
+    whole, mine = (render_prompt(chat, question) for question in (STORY, cut))
+    assert mine == whole.replace(STORY, cut)  # system prompt, template, and the words that open the turn
+    assert len(encode_prompt(chat, cut)) <= limit
+    word_more = STORY[: -len(cut)].split()[-1] + " " + cut
+    assert len(encode_prompt(chat, word_more)) > limit
+
+
+def test_a_word_that_is_longer_than_the_limit_is_cut_within(data_file):
+    tokenizer = build_tiny_tokenizer()
+    frame = len(encode_prompt(tokenizer, ""))
+    assert cut_question(tokenizer, "What is 12345678901234567890", frame + 5) == "67890"
+    with pytest.raises(ValueError, match=f"max_prompt_tokens must be > {frame}, .*got {frame}"):
+        choose(data_file(["1"], ["1 + 1 = ?"]), max_prompt_tokens=frame, on_long_prompt="cut")
+
+
+def test_prompts_over_the_limit_stop_the_run_where_that_is_asked_for(data_file):
+    data = data_file(["1", "2"], ["1 + 1 = ?", STORY])
+    with pytest.raises(ValueError, match=r"1 of 2 prompts are over max_prompt_tokens 40, the longest has"):
+        choose(data, max_prompt_tokens=40, on_long_prompt="stop")
+    assert choose(data, max_prompt_tokens=400, on_long_prompt="stop")[1] == "2 problems"
+
+
+@pytest.mark.parametrize("choice", ["drop", "cut", "stop"])
+def test_a_cold_start_does_with_long_prompts_as_it_is_told_to(choice):
+    tokenizer = build_tiny_tokenizer()
+    problems = [Problem("1 + 1 = ?", "2", "two"), Problem(STORY, "132", "many"), Problem("?", "2")]
+    config = SFTConfig(max_prompt_tokens=40, on_long_prompt=choice)
+    if choice == "stop":
+        with pytest.raises(ValueError, match="1 of 2 prompts are over max_prompt_tokens 40"):
+            encode_examples(problems, tokenizer, config)
+        return
+    examples, told = encode_examples(problems, tokenizer, config)
+    done = {"drop": "1 left out", "cut": "1 cut to their end"}[choice]
+    assert told.endswith(f"1 left out without a worked completion, {done} over max_prompt_tokens")
+    assert len(examples) == {"drop": 1, "cut": 2}[choice]
+    assert all(len(example.prompt_ids) <= 40 for example in examples)
+    if choice == "cut":
+        assert tokenizer.decode(examples[1].prompt_ids).endswith("are there?<|end|><|assistant|>")
 
 
 BAD = ["\\frac{1", "May 5?", "2, or 3 if it rains", "x^", "see https://example.org"]
