@@ -538,6 +538,8 @@ def set_up(config: GRPOConfig, start: Start, accelerator: Accelerator) -> Traini
         attend_fast(sampled)
         engine = TorchEngine(sampled, tokenizer)
     engine.memory = run.memory["sampler"] or engine.memory
+    if servers:
+        servers.check = run.stop.check
     run.log.console.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
     return Training(

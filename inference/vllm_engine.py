@@ -6,10 +6,11 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
@@ -22,7 +23,7 @@ from inference.vllm_server import ADAPTER, WEIGHTS, EngineError, HandOver, Serve
 
 IN_FLIGHT = 256  # requests to a server at once: about what vLLM decodes side by side
 ATTEMPTS = 5  # at one completion: what a server breaks down over so often is no accident
-PAUSE_S = 1.0  # between two looks at a server that is gone
+PAUSE_S = 1.0  # between two looks at a server that is gone, or at whether anybody still wants completions
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512, math.inf)  # of adapters, that vLLM may be started for
 
 Row = tuple[int, int]  # of prompt and sample
@@ -35,6 +36,8 @@ class Rollout:
         is_over: all is sampled, or given up.
         gone_since: when servers were lost that are not back yet (monotonic seconds).
         error: the last that a server was lost by.
+        began: when (monotonic seconds).
+        news: a completion; from a thread that has no more to do None, or what ended it.
     """
 
     def __init__(self, dealt: dict[Server, list[Row]]) -> None:
@@ -46,6 +49,8 @@ class Rollout:
         self.gone_since: dict[Server, float] = {}
         self.error: Exception | None = None
         self.changed = threading.Condition()
+        self.began = time.monotonic()
+        self.news: SimpleQueue[tuple[Row, Completion] | BaseException | None] = SimpleQueue()
 
     def next(self, server: Server) -> Row | None:
         """What a server is to do now; waits while all is in hands. None: nothing any more."""
@@ -103,6 +108,7 @@ class VLLMEngine:
 
     Attributes:
         pushed_s: seconds that the last hand-over took.
+        check: called every second in which no completion comes; raises where nobody wants the rest any more.
     """
 
     def __init__(
@@ -136,6 +142,7 @@ class VLLMEngine:
         self.stop_token_ids, self.folder, self.timeout_s = list(stop_token_ids), folder, timeout_s
         self.is_main, self.share = is_main, share
         self.pushed_s = 0.0
+        self.check: Callable[[], None] = lambda: None
         self._handed: HandOver | None = None
         self._kept: TemporaryDirectory | None = None
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -219,44 +226,60 @@ class VLLMEngine:
         for prompt in range(len(prompts)):
             server = self.servers[(first_prompt + prompt) % len(self.servers)]
             dealt[server] += [(prompt, sample) for sample in range(n)]
-        rollout, began = Rollout(dealt), time.monotonic()
+        rollout = Rollout(dealt)
         results: list[list[Completion | None]] = [[None] * n for _ in prompts]
-        news: SimpleQueue[Future | tuple[Row, Completion]] = SimpleQueue()
 
-        def work(server: Server) -> None:
-            since = began
+        def request(row: Row) -> dict[str, Any]:
+            return self._request(prompts[row[0]], params, (*seed, first_prompt + row[0], row[1]))
+
+        working = min(IN_FLIGHT, math.ceil(len(prompts) * n / len(self.servers))) * len(self.servers)
+        try:
+            for server in islice(cycle(self.servers), working):
+                # Where this is left early, nobody waits for what a server still does: neither does the
+                # process to end.
+                threading.Thread(target=self._work, args=(server, rollout, request), daemon=True).start()
+            for (prompt, sample), completion in self._news(rollout, working):
+                results[prompt][sample] = completion
+                if on_completion:
+                    on_completion(prompt, sample, completion)
+        finally:
+            rollout.end()
+        if rollout.unfinished:
+            raise EngineError(f"no server was back within {self.timeout_s:g} s: {rollout.error}")
+        return results
+
+    def _work(self, server: Server, rollout: Rollout, request: Callable[[Row], dict[str, Any]]) -> None:
+        """Have a server sample one row after the other."""
+        since = rollout.began
+        try:
             while self._is_ready(server, rollout, since) and (row := rollout.next(server)):
-                key = (*seed, first_prompt + row[0], row[1])
                 try:
-                    completion = server.complete(self._request(prompts[row[0]], params, key), self._handed)
+                    completion = server.complete(request(row), self._handed)
                 except ConnectionError as error:
                     since = time.monotonic()
                     rollout.give_back(server, row, error)
                 else:
-                    news.put((row, completion))
+                    rollout.news.put((row, completion))
                     rollout.done()
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits for it
+            rollout.news.put(error)
+        else:
+            rollout.news.put(None)
 
-        each = min(IN_FLIGHT, math.ceil(len(prompts) * n / len(self.servers)))
-        with ThreadPoolExecutor(each * len(self.servers)) as pool:
+    def _news(self, rollout: Rollout, working: int) -> Iterator[tuple[Row, Completion]]:
+        """What threads have sampled, until so many have no more to do."""
+        while working:
             try:
-                working = each * len(self.servers)
-                for server in self.servers * each:
-                    pool.submit(work, server).add_done_callback(news.put)
-                while working:
-                    new = news.get()
-                    if isinstance(new, Future):
-                        new.result()
-                        working -= 1
-                        continue
-                    (prompt, sample), completion = new
-                    results[prompt][sample] = completion
-                    if on_completion:
-                        on_completion(prompt, sample, completion)
-            finally:
-                rollout.end()
-        if rollout.unfinished:
-            raise EngineError(f"no server was back within {self.timeout_s:g} s: {rollout.error}")
-        return results
+                new = rollout.news.get(timeout=PAUSE_S)
+            except Empty:
+                self.check()
+                continue
+            if isinstance(new, BaseException):
+                raise new
+            if new is None:
+                working -= 1
+            else:
+                yield new
 
     def _is_ready(self, server: Server, rollout: Rollout, since: float) -> bool:
         """Has a server the weights handed over last? Waits for one that is gone; False where that takes too

@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from inference.vllm_engine import VLLMEngine
 from inference.vllm_server import EngineError, Server, write_weights
 from models import add_adapter, save_model
 from runs.config import RunStopped
+from runs.signals import StepStopped
 from train_grpo import GRPOConfig, look_back
 from train_grpo import main as train_grpo
 
@@ -170,6 +172,23 @@ def test_a_completion_is_told_while_others_are_sampled(serve, connect, model):
 
 # ------------------------------------------------------------------------------------------------------------
 # Servers that die, and come back
+
+
+def test_whoever_is_told_to_stop_waits_for_no_completion(serve, connect, model):
+    server, release, waited = serve(), threading.Event(), []
+    engine = connect(server)
+    engine.push_weights(model)
+    server.before_completion = lambda request: waited.append(release.wait(60))
+
+    def check():
+        if server.in_flight:
+            raise StepStopped
+
+    engine.check = check
+    with pytest.raises(StepStopped):
+        engine.generate(PROMPTS, 2, PARAMS, (0, 0))
+    assert waited == []
+    release.set()
 
 
 def test_a_server_that_dies_and_comes_back_loses_nothing(serve, connect, model):
@@ -487,6 +506,31 @@ def test_a_run_whose_server_stays_away_is_saved_and_goes_on(serve, tmp_path, tin
     assert all(row["time/push_s"] > 0 for row in told)
     gc.collect()
     assert not list((tmp_path / "run").glob(".weights-*"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_leaves_its_server_with_what_it_does(serve, tmp_path, tiny):
+    save_model(tmp_path / "model", *tiny)
+    server, release, waited = serve(), threading.Event(), []
+    options = {"engine": "vllm", "engine_url": server.url, "max_prompt_tokens": 64, "eval_every": 0}
+    options |= {"model": str(tmp_path / "model"), "kl_coef": 0.0, "save_every": 9}
+    config = quick_grpo(tmp_path / "run", **options)
+    asked = []
+
+    def hold(request):
+        asked.append(request)
+        if len(asked) > 20:  # in the second of steps of 16
+            if len(asked) == 21:
+                os.kill(os.getpid(), signal.SIGTERM)
+            waited.append(release.wait(60))
+
+    server.before_completion = hold
+    assert train_grpo(config) == 143
+    assert waited == []
+    server.before_completion = lambda request: None
+    release.set()
+    assert train_grpo(config) == 0
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
