@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -55,8 +56,9 @@ def take(folder: Path) -> None:
 def release(folder: Path, pid: int) -> None:
     """Let the folder go, if the process `pid` holds it and this is no forked child of it."""
     path = folder / LOCK
-    if os.getpid() == pid and path.is_file() and f'"pid": {pid},' in path.read_text():
-        path.unlink()
+    with suppress(OSError):  # where the disk became read-only it stays, and names a process that is no more
+        if os.getpid() == pid and path.is_file() and f'"pid": {pid},' in path.read_text():
+            path.unlink()
 
 
 def _is_alive(pid: int, started: float) -> bool:

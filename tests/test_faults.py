@@ -1,8 +1,12 @@
 """Faults planted in whole runs: what is not finite, what runs away, full disks, what teaches nothing."""
 
+import contextlib
 import json
+import re
 import resource
+import shutil
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from quick import lines, quick_grpo, quick_sft, same, weights
 
 import optimizers as optimizers_module
 import runs.folder
-from runs.checkpoint import find_damage
+from runs.checkpoint import find_damage, list_checkpoints
 from runs.config import RunStopped
 from runs.metrics import RunLog
 from train_grpo import main as train_grpo
@@ -115,6 +119,8 @@ def test_a_run_that_runs_away_goes_back_to_before_it_did(tmp_path, monkeypatch, 
 # ------------------------------------------------------------------------------------------------------------
 # Disks
 
+DISK = "40m"  # enough for three checkpoints, best/ and final/ of the built-in model
+
 
 @pytest.fixture
 def small_files():
@@ -154,6 +160,91 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert str(tmp_path / "run" / "checkpoints" / "step-000001") in told
     assert same(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
     assert find_damage(tmp_path / "run" / "checkpoints" / "step-000004") is None
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own: where it is, and what mounts it again with other options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(*words):
+        return subprocess.run(["mount", *words, place], capture_output=True, text=True, check=False)
+
+    if shutil.which("mount") is None:
+        pytest.skip("a disk of its own needs mount")
+    told = mount("-t", "tmpfs", "-o", f"size={DISK}", "tmpfs")
+    if told.returncode:
+        pytest.skip(f"a disk of its own needs the right to mount one ({told.stderr.strip()})")
+    yield place, lambda options: mount("-o", f"remount,{options}").check_returncode()
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_disk_that_is_full_and_then_read_only_costs_checkpoints_and_not_the_run(
+    disk, tmp_path, monkeypatch, capsys
+):
+    place, remount = disk
+    changes = {"eval_every": 0, "save_every": 1, "total_steps": 5}
+    assert train_grpo(quick_grpo(tmp_path / "whole", **changes)) == 0
+    tell, checkpoint = runs.folder.Run.tell, runs.folder.Run.checkpoint
+
+    def worsen(run, metrics):
+        if run.step == 2:  # room for the lines of a step, and not for a model
+            with open(place / "filler", "wb") as filler, contextlib.suppress(OSError):
+                while shutil.disk_usage(place).free > 300_000:
+                    filler.write(bytes(100_000))
+                    filler.flush()
+        if run.step == 3:
+            remount("ro")
+        tell(run, metrics)
+
+    def then_mend(run):
+        checkpoint(run)
+        if run.step in (2, 3):
+            saved.append([path.name for path in list_checkpoints(run.folder)])
+            told.append(run.tell_saved())
+        if run.step == 3:
+            remount("rw")
+            (place / "filler").unlink()
+
+    saved, told = [], []
+    monkeypatch.setattr(runs.folder.Run, "tell", worsen)
+    monkeypatch.setattr(runs.folder.Run, "checkpoint", then_mend)
+    assert train_grpo(quick_grpo(place / "run", **changes)) == 0
+    assert saved == [["step-000001"]] * 2
+    assert [words.partition(" are saved")[0] for words in told] == ["1 of 2 steps", "1 of 3 steps"]
+    printed = capsys.readouterr().out
+    for step, why in ((2, "No space left on device"), (3, "Read-only file system")):
+        last = rf"step {step}: the checkpoint could not be written \(.*{why}.*step-000001"
+        assert re.search(last, printed)
+    assert re.search(r"jsonl could not be written \(.*Read-only file system.*its lines are kept", printed)
+    assert [find_damage(folder) for folder in list_checkpoints(place / "run")] == [None, None]
+    assert [row["step"] for row in lines(place / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert len(lines(place / "run" / "rollouts.jsonl")) == 5 * 16
+    assert same(weights(place / "run" / "final"), weights(tmp_path / "whole" / "final"))
+
+
+def test_a_run_that_is_told_to_stop_on_a_read_only_disk_ends_and_says_what_is_not_saved(
+    disk, monkeypatch, capsys
+):
+    place, remount = disk
+    tell = runs.folder.Run.tell
+
+    def then_stop(run, metrics):
+        tell(run, metrics)
+        if run.step == 3:
+            remount("ro")
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.folder.Run, "tell", then_stop)
+        assert train_sft(quick_sft(place / "run", eval_every=0, save_every=2)) == 143
+    printed = capsys.readouterr().out
+    assert "stopped: 2 of 3 steps are saved, and the same command goes on from there" in printed
+    assert re.search(r"report.html could not be written \(.*Read-only file system", printed)
+    remount("rw")
+    assert train_sft(quick_sft(place / "run", eval_every=0, save_every=2)) == 0
+    assert [row["step"] for row in lines(place / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
