@@ -15,7 +15,15 @@ from accelerate import Accelerator
 
 from data import Problem, load_problems
 from plan import MIB, Load, plan_memory
-from prompts import THINK_CLOSE, THINK_OPEN, completion_prefix, encode_prompt, render_prompt
+from prompts import (
+    BASE_TEMPLATE,
+    PREPARED_MARK,
+    THINK_CLOSE,
+    THINK_OPEN,
+    completion_prefix,
+    encode_prompt,
+    render_prompt,
+)
 from rewards import RewardSet, can_judge, needs_gold
 from runs.watchdog import Finding
 
@@ -197,6 +205,11 @@ def check_template(tokenizer: Any, stop_token_ids: Sequence[int]) -> list[Findin
         stop_token_ids: that end a completion.
     """
     found = {}
+    if tokenizer.chat_template.rpartition(PREPARED_MARK)[2].startswith(BASE_TEMPLATE):
+        found["plain_template"] = (
+            "the model brings no chat template, or --plain_template is given: questions are asked as plain "
+            "text, User: ... Assistant: ..."
+        )
     prompt, end = render_prompt(tokenizer, ""), turn_end(tokenizer)
     if completion_prefix(prompt):
         found["prefilled_think"] = (

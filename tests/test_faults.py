@@ -16,7 +16,7 @@ from quick import lines, quick_grpo, quick_sft, same, weights
 import optimizers as optimizers_module
 import runs.folder
 from runs.checkpoint import find_damage, list_checkpoints
-from runs.config import RunStopped
+from runs.config import RunStopped, UserError
 from runs.metrics import RunLog
 from train_grpo import main as train_grpo
 from train_sft import main as train_sft
@@ -222,6 +222,14 @@ def test_a_disk_that_is_full_and_then_read_only_costs_checkpoints_and_not_the_ru
     assert [row["step"] for row in lines(place / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert len(lines(place / "run" / "rollouts.jsonl")) == 5 * 16
     assert same(weights(place / "run" / "final"), weights(tmp_path / "whole" / "final"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(disk, monkeypatch):
+    place, remount = disk
+    remount("ro")
+    monkeypatch.setattr("runs.training.load_model", lambda *how, **named: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match=r"output '.*disk/run' cannot be written: .*not yours to write; give"):
+        train_grpo(quick_grpo(place / "run"))
 
 
 def test_a_run_that_is_told_to_stop_on_a_read_only_disk_ends_and_says_what_is_not_saved(

@@ -177,10 +177,17 @@ def test_a_healthy_tokenizer_raises_nothing(chat):
     assert causes(build_tiny_tokenizer()) == []
     assert causes(chat) == []
     assert turn_end(chat) == "<|im_end|>\n"
-    base = copy.deepcopy(chat)
-    base.chat_template = None  # gets ours
-    prepare_tokenizer(base)
-    assert causes(base) == []
+
+
+@pytest.mark.parametrize("is_asked_for", [True, False])
+def test_a_template_of_ours_is_told(chat_tokenizer, is_asked_for):
+    base = copy.deepcopy(chat_tokenizer)
+    if not is_asked_for:
+        base.chat_template = None
+    prepare_tokenizer(base, plain_template=is_asked_for, prefill_think=is_asked_for)
+    assert causes(base) == ["plain_template"] + ["prefilled_think"] * is_asked_for
+    (finding, *_) = check_template(base, [base.eos_token_id])
+    assert "asked as plain text, User: ... Assistant: ..." in finding.text
 
 
 def test_a_template_that_opens_the_thought_is_told(chat):
