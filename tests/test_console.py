@@ -105,6 +105,14 @@ def test_a_loss_of_nothing_is_explained(capsys):
     assert "loss -0.0000 (normal: on-policy)  entropy" in capsys.readouterr().out
 
 
+def test_undecided_answers_are_told_where_there_are_any(capsys):
+    log = console()
+    log.step(2, STEP | {"rewards/undecided_fraction": 0.0})
+    assert "undecided" not in capsys.readouterr().out
+    log.step(4, STEP | {"rewards/undecided_fraction": 0.12})
+    assert "undecided  12%" in capsys.readouterr().out
+
+
 def test_an_evaluation_is_told_with_its_interval(capsys):
     console().evaluation(7, "validation", FIGURES)
     assert (
