@@ -181,6 +181,7 @@ class Packing:
         # `[B, 1, T-1, P+T-1]`, True where a completion's query may look.
         seen = prompt_mask[self.prompt_of][:, None].expand(-1, length - 1, -1)
         self.sees = torch.cat([seen, causal.expand(len(seen), -1, -1)], -1)[:, None]
+        self.mask: Tensor | None = None
 
     def predicting(self, states: Tensor) -> Tensor:
         """Of the states `[N, H]` of all tokens those that predict the completions' tokens, row by row."""
@@ -188,6 +189,19 @@ class Packing:
         # any order, and a run would not be the same twice.
         first = states.index_select(0, self.last)
         return _Pick.apply(torch.cat([first, states[self.split :]]), self.order)
+
+    def mask_for(self, query: Tensor) -> Tensor:
+        """`sees` as what is added to a query's scores: 0, or minus infinity. Made once for all blocks: given
+        truths, each would make one of its own and keep it for the backward pass.
+        """
+        if self.mask is None:
+            device, length = query.device.type, self.sees.shape[-1]
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+            # Rows that begin at multiples of 8 are what fast kernels of GPUs take without a copy.
+            wide = query.new_zeros(*self.sees.shape[:-1], length + -length % 8, dtype=dtype)
+            self.mask = wide[..., :length].masked_fill_(~self.sees, -torch.inf)
+            del self.sees
+        return self.mask
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Causal attention of every token to its own text: `[N, heads, D]` each, `[N, heads x D]` out."""
@@ -203,7 +217,12 @@ class Packing:
                 times = queries.shape[1] // keys.shape[1]
                 keys, values = keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
             answers = scaled_dot_product_attention(
-                queries, keys, values, attn_mask=self.sees, scale=scaling, enable_gqa=not query.is_cuda
+                queries,
+                keys,
+                values,
+                attn_mask=self.mask_for(queries),
+                scale=scaling,
+                enable_gqa=not query.is_cuda,
             )
             mixed.append(self.completions.unpad(answers))
         return torch.cat(mixed).flatten(1)

@@ -391,6 +391,8 @@ class Shape:
         every = self.layers * block
         if is_checkpointed:
             every = self.layers * 4 * self.hidden * self._tokens(load, rows, is_packed) + block
+        # Who may look where: our blocks share it.
+        every += self._pair_bytes(load, rows, half) if is_packed else 0
         return every + 8 * self.hidden * rows * load.completion
 
     def block_bytes(self, load: Load, rows: int, half: bool, is_packed: bool, dropout: float) -> float:
@@ -403,18 +405,24 @@ class Shape:
         attended += self.norms_queries * 8 * (self.queries + self.keys)
         dropped = 5 * (5 * self.hidden + self.queries + self.inner) if dropout else 0
         of_tokens = tokens * (width * 4 * self.inner + normed + attended + dropped)
-        # Keys and values, once more for each completion of a prompt, and who may look where.
+        # Keys and values, once more for each completion of a prompt.
         repeats = self.queries // self.keys if half else 1
         span = load.prompt + load.completion - 1
         of_pairs = 2 * self.keys * (of_prompts if half else tokens)
-        of_pairs += rows * span * (2 * self.keys * repeats + load.completion - 1)
+        of_pairs += rows * span * 2 * self.keys * repeats
         every = of_tokens + width * of_pairs
-        return every if is_packed else LIBRARY_FACTOR * every
+        return every if is_packed else LIBRARY_FACTOR * (every + self._pair_bytes(load, rows, half))
 
     def backward_bytes(self, load: Load, rows: int, half: bool) -> float:
         """Gradients on their way down through a block."""
         tokens = self._tokens(load, rows, is_packed=True)
         return (2 if half else 4) * tokens * (1.5 * self.inner + 2 * self.hidden)
+
+    @staticmethod
+    def _pair_bytes(load: Load, rows: int, half: bool) -> int:
+        """What says who may look where: a number for each token of a completion and each before it."""
+        span = load.prompt + load.completion - 1
+        return (2 if half else 4) * rows * span * (load.completion - 1)
 
     @staticmethod
     def _tokens(load: Load, rows: int, is_packed: bool) -> int:

@@ -81,6 +81,32 @@ def test_each_prompt_and_no_padding_goes_through_the_blocks():
     assert read == [sum(map(len, distinct)) + sum(max(len(c) - 1, 0) for c in COMPLETIONS)]
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_who_may_look_where_is_made_once_and_makes_no_bit_of_difference(half, monkeypatch):
+    policy = Policy(build("llama", {}).float()).train()
+    batch = pad_batch(PROMPTS, COMPLETIONS, 0)
+    made = []
+
+    def told(of_truths):
+        policy.zero_grad()
+        with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            whole = llama.Packing.mask_for
+            patch.setattr(
+                llama.Packing,
+                "mask_for",
+                lambda self, query: self.sees if of_truths else made.append(whole(self, query)) or made[-1],
+            )
+            logprobs, *_ = policy(**batch)
+        logprobs.sum().backward()
+        return [logprobs, *(p.grad for p in policy.parameters() if p.grad is not None)]
+
+    ours, theirs = told(False), told(True)
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+    assert len(made) == policy.model.config.num_hidden_layers > 1
+    assert len({id(mask) for mask in made}) == 1
+    assert made[0].dtype == (torch.bfloat16 if half else torch.float32)
+
+
 def test_blocks_are_left_to_the_library_where_it_does_more():
     model = build("qwen2", {})
     assert Policy(model)._skips_padding(9)
