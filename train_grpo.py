@@ -501,9 +501,9 @@ def set_up(config: GRPOConfig, start: Start, accelerator: Accelerator) -> Traini
         source = str(start.checkpoint or config.model)
         tokenizer = config.load_tokenizer(source)
         problems, told = choose_problems(config, tokenizer, reward_set)
-        held_out = (
-            load_problems(config.data, "validation", **config.data_arguments()) if config.eval_every else []
-        )[: config.eval_limit]
+        where = config.data_arguments()
+        held_out = load_problems(config.data, "validation", **where) if config.eval_every else []
+        held_out = held_out[: config.eval_limit]
         load = grpo_load(config, tokenizer, problems, accelerator.num_processes)
         check_memory(config, source, load, accelerator)
         model = config.load_model(source)

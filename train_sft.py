@@ -177,6 +177,7 @@ def set_up(config: SFTConfig, start: Start, accelerator: Accelerator) -> Trainin
         problems = load_problems(config.data, "cold_start", limit=config.limit, require_gold=False, **where)
         examples, told = encode_examples(problems, tokenizer, config)
         held_out = load_problems(config.data, "validation", **where) if config.eval_every else []
+        held_out = held_out[: config.eval_limit]
         lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in examples]
         load = sft_load(config, lengths, accelerator.num_processes)
         check_memory(config, source, load, accelerator)
@@ -196,7 +197,7 @@ def set_up(config: SFTConfig, start: Start, accelerator: Accelerator) -> Trainin
     tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory.get("budget"), run.stop)
     return Training(
-        *(config, accelerator, tokenizer, examples, held_out[: config.eval_limit], engine),
+        *(config, accelerator, tokenizer, examples, held_out, engine),
         *(policy, optimizer, scheduler, micro_batches, run, load),
     )
 
