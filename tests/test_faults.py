@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from quick import lines, quick_grpo, quick_sft, same, weights
+from test_watchdog import HEALTHY
 
 import optimizers as optimizers_module
 import runs.folder
@@ -312,6 +313,14 @@ def test_lines_that_the_disk_would_not_take_are_written_later(tmp_path, small_fi
     log.flush()
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert capsys.readouterr().out.count("metrics.jsonl could not be written") == 1
+
+
+def test_a_run_tells_all_that_the_watchdog_reads(tmp_path):
+    changes = {"total_steps": 1, "eval_every": 0, "kl_coef": 0.1}
+    changes |= {"rewards": {"correct": 1.0, "unique_characters": 1.0}}
+    assert train_grpo(quick_grpo(tmp_path, **changes)) == 0
+    (told,) = lines(tmp_path / "metrics.jsonl")
+    assert HEALTHY.keys() <= told.keys()
 
 
 @pytest.mark.slow

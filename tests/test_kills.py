@@ -102,6 +102,10 @@ def changes_of(tmp_path_factory):
 def compare(folder, whole):
     """Does a run that was killed end as the whole one?"""
     assert same(weights(folder / "final"), weights(whole / "final"))
+    if (whole / "best").exists():
+        assert same(weights(folder / "best"), weights(whole / "best"))
+        told = [(place / "best" / "evaluation.json").read_text() for place in (folder, whole)]
+        assert told[0] == told[1]
     first = weights(whole / "checkpoints" / sorted(os.listdir(whole / "checkpoints"))[0])
     assert not same(first, weights(whole / "final"))
     for file in ("metrics.jsonl", "eval.jsonl", "rollouts.jsonl"):
