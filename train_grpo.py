@@ -48,12 +48,12 @@ from preflight import check_memory, check_template, choose_problems, grpo_load, 
 from rehearsal import dry_run, rehearse_grpo
 from rewards.scorer import Scorer
 from rollouts import Group, RolloutBatch, count, rollout_metrics, rollout_rows, try_roll_out
-from runs.config import RunStopped, at_the_door, parse_config, require, run_script
+from runs.config import RunStopped, UserError, at_the_door, parse_config, require, run_script
 from runs.folder import Run, Start, open_run
 from runs.loop import Work, train
 from runs.signals import StepStopped
 from runs.training import TrainingConfig
-from sharding import Weights, prepare, refuse_unshardable
+from sharding import Weights, is_sharded, prepare, refuse_unshardable
 from tokenizer import ADAPTER, asking
 from train_sft import SFTConfig
 from train_sft import main as cold_start
@@ -476,9 +476,17 @@ def ensure_cold_start(config: GRPOConfig, accelerator: Accelerator) -> int | Non
 
     Returns:
         The exit code, where there is nothing to go on with: it failed, or was a dry run. Else None.
+
+    Raises:
+        UserError: it would have to be sharded, which its optimizer cannot be.
     """
     if config.model != GRPOConfig.model or (Path(config.model) / "config.json").is_file():
         return None
+    if is_sharded(accelerator):
+        raise UserError(
+            f"model {config.model!r} is not there yet, and the cold start that makes it is not sharded: run "
+            "python train_sft.py first, which takes one process minutes, or give another --model"
+        )
     accelerator.print(f"{config.model} is not there yet: running the cold start first (python train_sft.py)")
     shared = ("data", "data_options", "max_prompt_tokens", "on_long_prompt", "seed")
     shared += ("log_level", "dry_run", "price_per_hour")

@@ -19,6 +19,7 @@ from inference import Completion
 from models import Policy
 from rewards import Scores
 from rollouts import Group, collate, rollout_rows
+from runs.config import UserError
 from train_grpo import PRESETS, GRPOConfig, choose_groups
 from train_sft import SFTConfig
 from updates import minibatches, update
@@ -270,6 +271,9 @@ def test_the_cold_start_is_of_the_same_task_and_asks_alike(tmp_path, monkeypatch
     begun = []
     monkeypatch.setattr(train_grpo, "cold_start", lambda config, accelerator: begun.append(config) or 130)
     asked = {"seed": 3, "data": "countdown", "answer_style": "boxed", "prefill_think": True}
-    accelerator = SimpleNamespace(print=lambda text: None, free_memory=lambda: None)
+    accelerator = SimpleNamespace(print=lambda text: None, free_memory=lambda: None, is_fsdp2=False)
     assert train_grpo.ensure_cold_start(GRPOConfig(**asked), accelerator) == 130
     assert begun == [SFTConfig(**asked)]
+    accelerator.is_fsdp2 = True  # Muon needs whole matrices
+    with pytest.raises(UserError, match="is not there yet, .* not sharded: run python train_sft.py first"):
+        train_grpo.ensure_cold_start(GRPOConfig(**asked), accelerator)
