@@ -1,11 +1,16 @@
 """Being told to stop: once to finish the step, twice to quit at once."""
 
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from runs.signals import StepStopped, StopRequest, stop_on_signal
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +46,23 @@ def test_the_second_signal_quits_at_once(number):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_process_that_is_told_twice_ends_by_the_second():
+    program = """
+import signal
+from runs.signals import StopRequest, stop_on_signal
+with stop_on_signal(StopRequest()):
+    signal.raise_signal(signal.SIGTERM)
+    print("it goes on", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("and on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "it goes on\n")
+    assert "stopping, then saving; once more to quit at once" in done.stderr
 
 
 def test_handlers_are_put_back_after_the_run():
