@@ -181,6 +181,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_and_then_read_only_costs_checkpoints_and_not_the_run(
     disk, tmp_path, monkeypatch, capsys
 ):
@@ -233,6 +234,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(di
         train_grpo(quick_grpo(place / "run"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_on_a_read_only_disk_ends_and_says_what_is_not_saved(
     disk, monkeypatch, capsys
 ):
@@ -315,6 +317,7 @@ def test_lines_that_the_disk_would_not_take_are_written_later(tmp_path, small_fi
     assert capsys.readouterr().out.count("metrics.jsonl could not be written") == 1
 
 
+@pytest.mark.slow
 def test_a_run_tells_all_that_the_watchdog_reads(tmp_path):
     changes = {"total_steps": 1, "eval_every": 0, "kl_coef": 0.1}
     changes |= {"rewards": {"correct": 1.0, "unique_characters": 1.0}}

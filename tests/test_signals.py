@@ -48,6 +48,7 @@ def test_the_second_signal_quits_at_once(number):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_told_twice_ends_by_the_second():
     program = """
 import signal
