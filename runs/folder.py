@@ -35,7 +35,7 @@ from runs.checkpoint import (
 )
 from runs.config import RunStopped, at_the_door, to_yaml
 from runs.lines import LINES, cut_lines, line_offsets
-from runs.metrics import RunLog, start_trackers
+from runs.metrics import TRACKED, RunLog, start_trackers
 from runs.records import EVALUATION, read_best, read_rows
 from runs.report import write_report
 from runs.signals import StopRequest
@@ -157,6 +157,9 @@ def write_run(start: Start, config: Any, model: Any = None) -> None:
     if config.resume != "auto" and not start.is_rollback:  # a rate that was asked for is not halved again
         for file in start.folder.glob("incidents/rollback-*.json"):
             file.unlink()
+    if config.resume != "auto" or start.is_rollback or start.checkpoint is None:
+        # Another run to a tracker, which keeps what it was told.
+        (start.folder / TRACKED).unlink(missing_ok=True)
     if start.checkpoint is not None and start.checkpoint.resolve().parent == checkpoints.resolve():
         for later in list_checkpoints(start.folder):
             if later.name > start.checkpoint.name:

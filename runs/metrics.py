@@ -1,6 +1,7 @@
 """What a run tells: JSON lines on disk, trackers, and the console."""
 
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +16,14 @@ from runs.watchdog import FINDINGS, Finding
 # What trackers that have tables are shown of the completions: a few, of milestones.
 TABLE = ("step", "question", "completion", "gold", "extracted", "correct", "reward", "advantage")
 TABLE_ROWS = 16
+TRACKED = "tracked.id"  # of the run as W&B knows it; a run that goes on is the same there, too
 
 
 def start_trackers(
     accelerator: Accelerator, folder: Path, config: Any, first_step: int = 0, rollbacks: int = 0
 ) -> None:
-    """Begin a tracker's run, named after the folder, with the configuration as numbers and strings.
+    """Begin a tracker's run, named after the folder, with the configuration as numbers and strings; or go on
+    with the one that the folder's run began.
 
     Args:
         accelerator: holds it.
@@ -35,10 +38,18 @@ def start_trackers(
         key: value if isinstance(value, int | float | str) else str(value)
         for key, value in asdict(config).items()
     }
-    name = folder.resolve().name + (f"-back-{rollbacks}" if rollbacks else "")
-    options = {tracker: {"name": name} for tracker in ("wandb", "trackio")}
-    options["tensorboard"] = {"purge_step": first_step + 1 if first_step else 0}
-    accelerator.init_trackers("ponder", config=settings, init_kwargs=options)
+    known: dict[str, dict[str, Any]] = {}
+    if accelerator.is_main_process:  # the others' trackers never begin
+        name = folder.resolve().name + (f"-back-{rollbacks}" if rollbacks else "")
+        file = folder / TRACKED
+        goes_on = file.is_file()
+        if not goes_on:
+            file.write_text(secrets.token_hex(8))
+        # W&B knows a run by its id, Trackio by its name.
+        again = {"resume": "allow"} if goes_on else {}
+        known = {"wandb": {"name": name, "id": file.read_text(), **again}, "trackio": {"name": name, **again}}
+        known["tensorboard"] = {"purge_step": first_step + 1 if first_step else 0}
+    accelerator.init_trackers("ponder", config=settings, init_kwargs=known)
 
 
 class RunLog:

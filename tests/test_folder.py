@@ -22,6 +22,7 @@ from runs.config import RunStopped, UserError, to_yaml
 from runs.folder import Run, Start, environment, open_run, write_run
 from runs.lines import LINES
 from runs.loop import Work, train_on
+from runs.metrics import TRACKED
 from runs.records import read_run
 from sharding import Weights
 
@@ -162,7 +163,7 @@ def test_resume_never_starts_over_and_drops_the_older_run(config):
     begin(config)
     save(config.output, 2)
     folder = Path(config.output)
-    for name in LINES:
+    for name in (*LINES, TRACKED):
         (folder / name).write_text("{}\n")
     for name in ("best", "final"):
         write_folder(folder / name, write_weights)
@@ -176,13 +177,28 @@ def test_resume_never_starts_over_and_drops_the_older_run(config):
 def test_resume_from_an_older_checkpoint_drops_the_later_ones(config):
     begin(config)
     first, second, third = (save(config.output, step) for step in (1, 2, 3))
-    (Path(config.output) / "metrics.jsonl").write_text("{}\n")
+    for name in ("metrics.jsonl", TRACKED):
+        (Path(config.output) / name).write_text("{}\n")
     start = begin(config, resume=str(second))
+    assert not (Path(config.output) / TRACKED).exists()
     assert start.checkpoint == second
     # The third belongs to a future that now will not be; a kill before the next save must not bring it back.
     assert list_checkpoints(Path(config.output)) == [first, second]
     assert open_run(config).checkpoint == second
     assert (Path(config.output) / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_a_run_that_goes_on_keeps_its_name_at_trackers_and_one_that_goes_back_does_not(config):
+    begin(config)
+    checkpoint, tracked = save(config.output, 1), Path(config.output) / TRACKED
+    tracked.write_text("1f")
+    write_run(open_run(config), config)
+    assert tracked.read_text() == "1f"
+    write_run(Start(Path(config.output), checkpoint, is_rollback=True), config)
+    assert not tracked.exists()
+    tracked.write_text("2f")
+    write_run(Start(Path(config.output), None), config)  # it was stopped before its first checkpoint
+    assert not tracked.exists()
 
 
 def test_resume_from_another_folder_drops_what_stood_in_this_one(config, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from models import make_accelerator
-from runs.metrics import TABLE, RunLog, start_trackers
+from runs.metrics import TABLE, TRACKED, RunLog, start_trackers
 
 STEPS = [
     {"policy/loss": -0.1234567890123, "train/reward": 0.5, "rewards/my.py:f/std": 1e-30},
@@ -84,7 +84,10 @@ def test_tensorboard_forgets_the_steps_after_the_one_that_a_run_goes_back_to(tmp
 
 def test_a_run_that_goes_back_is_another_one_for_trackers_that_take_no_step_twice(tmp_path):
     asked = []
-    accelerator = SimpleNamespace(init_trackers=lambda *project, **how: asked.append(how["init_kwargs"]))
+    accelerator = SimpleNamespace(
+        init_trackers=lambda *project, **how: asked.append(how["init_kwargs"]), is_main_process=True
+    )
+    (tmp_path / "run").mkdir()
     for rollbacks in (0, 1):
         start_trackers(accelerator, tmp_path / "run", Config("wandb"), 0, rollbacks)
     assert [options["wandb"]["name"] for options in asked] == ["run", "run-back-1"]
@@ -104,6 +107,9 @@ def test_trackio_keeps_the_numbers(tmp_path, monkeypatch):
     for _, step, metrics in rows:
         seen.setdefault(step, {}).update(json.loads(metrics))
     assert seen == told
+    track("trackio", tmp_path / "my-run")  # goes on
+    with sqlite3.connect(file) as database:
+        assert len(database.execute("select distinct run_id from metrics").fetchall()) == 1
 
 
 def wandb_records(data):
@@ -125,21 +131,34 @@ def wandb_records(data):
             record = b""
 
 
-@pytest.mark.slow
-def test_wandb_keeps_the_numbers_and_the_samples_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="reading a W&B run back needs wandb")
+def whole_wandb_file(file):
+    """Its records, the last one included: a process of its own writes the file, and may be behind."""
+    deadline = time.monotonic() + 60
+    while True:
+        records = list(wandb_records(file.read_bytes()))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def offline_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="reading a W&B run back needs wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    told = track("wandb", tmp_path / "my-run")
+    yield
+    wandb.teardown()  # which would remember the folder
+
+
+@pytest.mark.slow
+def test_wandb_keeps_the_numbers_and_the_samples_offline(tmp_path, offline_wandb):
+    folder = tmp_path / "my-run"
+    told = track("wandb", folder)
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     seen, tables, settings, names = {}, {}, {}, set()
-    # A process of its own writes the file, and may be behind.
-    records, deadline = [], time.monotonic() + 60
-    while not records or records[-1].WhichOneof("record_type") != "exit":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-        records = list(wandb_records(file.read_bytes()))
+    records = whole_wandb_file(file)
     for record in records:
         kind = record.WhichOneof("record_type")
         if kind == "run":
@@ -157,3 +176,18 @@ def test_wandb_keeps_the_numbers_and_the_samples_offline(tmp_path, monkeypatch):
     table = json.loads((file.parent / "files" / tables[1]["path"]).read_text())
     assert table["columns"] == list(TABLE)
     assert table["data"] == [list(ROW.values())]
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_is_the_same_run_at_wandb(tmp_path, offline_wandb):
+    ids = []
+    for begins_afresh in (False, False, True):
+        if begins_afresh:
+            (tmp_path / "my-run" / TRACKED).unlink()
+        known = set((tmp_path / "wandb").glob("offline-run-*"))
+        track("wandb", tmp_path / "my-run")
+        (new,) = set((tmp_path / "wandb").glob("offline-run-*")) - known
+        records = whole_wandb_file(next(new.glob("run-*.wandb")))
+        ids += {r.run.run_id for r in records if r.WhichOneof("record_type") == "run"}
+        assert (tmp_path / "my-run" / TRACKED).read_text() == ids[-1]
+    assert ids[0] == ids[1] != ids[2]
