@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -448,20 +447,6 @@ def build_reference(config: GRPOConfig, policy: Policy) -> nn.Module:
 # The run
 
 
-def load_rewards(config: GRPOConfig, device: torch.device) -> rewards.RewardSet:
-    """The chosen rewards, reward models loaded.
-
-    Raises:
-        ValueError: an unknown one, or a model that rewards nothing.
-        FileNotFoundError: a reward model that is not there.
-    """
-    reward_set = rewards.parse_rewards(config.rewards)
-    for slot in reward_set.slots:
-        rewards.check_options(slot.name, load_reward_model, slot.options)
-        slot.function = load_reward_model(slot.model_name, device, **slot.options)
-    return reward_set
-
-
 def check_share(config: GRPOConfig, processes: int) -> None:
     """Refuse a rollout that does not split evenly over processes and minibatches."""
     if config.prompts_per_step % (processes * config.updates_per_rollout):
@@ -505,7 +490,8 @@ def set_up(config: GRPOConfig, start: Start, accelerator: Accelerator) -> Traini
         UserError: what was asked for is not there, or does not fit.
     """
     with at_the_door():
-        reward_set = load_rewards(config, accelerator.device)
+        reward_set = rewards.parse_rewards(config.rewards)
+        reward_set = rewards.fill_slots(reward_set, load_reward_model, accelerator.device)
         source = str(start.checkpoint or config.model)
         tokenizer = config.load_tokenizer(source)
         problems, told = choose_problems(config, tokenizer, reward_set)

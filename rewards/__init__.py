@@ -249,14 +249,42 @@ def _load_function(path_and_name: str) -> RewardFunction:
     return function
 
 
+def required_columns(reward: Reward) -> list[str]:
+    """What a function must be told besides the completions: the arguments without a default of its signature.
+    Empty for a slot without its function.
+    """
+    parameters = inspect.signature(reward.function).parameters if reward.function else {}
+    return [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and "VAR" not in p.kind.name and name != "completions"
+    ]
+
+
 def needs_gold(reward_set: RewardSet) -> bool:
     """Does a chosen reward require gold answers? Without one, data of prompts alone is fine."""
-    functions = [reward.function for reward in reward_set.rewards if reward.function]
     return any(
-        parameter.name in ("gold", "correct") and parameter.default is parameter.empty
-        for function in functions
-        for parameter in inspect.signature(function).parameters.values()
-    ) or any(reward.options.get("only_correct") is True for reward in reward_set.rewards)
+        {"gold", "correct"} & set(required_columns(reward)) or reward.options.get("only_correct") is True
+        for reward in reward_set.rewards
+    )
+
+
+def fill_slots(reward_set: RewardSet, load: Callable[..., RewardFunction], device: Any) -> RewardSet:
+    """Give the `model:NAME` rewards their functions; returns the set.
+
+    Args:
+        reward_set: from `parse_rewards`.
+        load: takes a name, the device and the slot's options; `models.load_reward_model`.
+        device: where reward models are held.
+
+    Raises:
+        ValueError: an option that `load` does not have, or a model that rewards nothing.
+        FileNotFoundError: a reward model that is not there.
+    """
+    for slot in reward_set.slots:
+        check_options(slot.name, load, slot.options)
+        slot.function = load(slot.model_name, device, **slot.options)
+    return reward_set
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -398,9 +426,8 @@ def _arguments(reward: Reward, columns: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not reward.model_name:
         arguments.update(reward.options)
-    for name, parameter in parameters.items():
-        is_required = parameter.default is parameter.empty and "VAR" not in parameter.kind.name
-        if is_required and name not in arguments and name != "completions":
+    for name in required_columns(reward):
+        if name not in arguments:
             has = ", ".join(sorted(columns))
             raise RewardError(f"reward {reward.name!r} needs the column {name!r}; the data has: {has}")
     return arguments

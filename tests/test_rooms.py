@@ -33,6 +33,7 @@ ROOMS = {
     "figures": [],
     "answers": ["data", "exam", "runs.lines", "runs.records"],
     "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
+    "choice": ["data", "exam", "prompts", "rewards.*"],
     "rewards": ["prompts", "rewards.*"],
     "rollouts": ["batches", "data", "inference", "memory", "prompts", "rewards.*"],
     "handover": ["data", "inference", "rewards.*", "rollouts", "runs.config", "runs.folder"],
@@ -98,6 +99,7 @@ ROOMS = {
     ],
     "evaluate": [
         "answers",
+        "choice",
         "data",
         "exam",
         "figures",
