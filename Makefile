@@ -57,9 +57,10 @@ demo: .venv/ready
 	@$(BIN)/python train_sft.py --output $(DEMO)/sft --seed $(SEED)
 	@$(BIN)/python train_grpo.py --output $(DEMO)/grpo --model $(DEMO)/sft/final --seed $(SEED) --kl_coef 0
 	@$(BIN)/python evaluate.py --model $(DEMO)/grpo/final --baseline $(DEMO)/sft/final --limit 1000 --samples 8 \
-	  --json $(DEMO)/evaluation.json
+	  --json $(DEMO)/evaluation.json --output $(DEMO)/evaluation
 	@echo
 	@echo "learning curve:  $(DEMO)/grpo/report.html"
+	@echo "both models:     $(DEMO)/evaluation/report.html"
 	@echo "talk to it:      make chat MODEL=$(DEMO)/grpo/final"
 
 # The phases of R1 (arXiv 2501.12948, section 2.3), each a command that also runs alone.

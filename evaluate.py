@@ -16,7 +16,7 @@ import math
 import random
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from answers import AnswerBook, gaps, key_of, weights_stamp
+from choice import choose, parse_choosers, rate
 from data import Problem, load_problems
 from exam import Answer, hold_exam, summarise, worth_imitating
 from figures import bootstrap_interval, difference_interval, mcnemar, pass_at_k, wilson_interval
@@ -34,11 +35,16 @@ from inference.engine import TorchEngine
 from inference.formats import reads_with_mlx
 from inference.search import group_answers
 from inference.server_engine import ServerEngine
-from models import load_model, make_accelerator
+from models import load_model, load_reward_model, make_accelerator
 from prompts import AnswerStyle, parse_completion, render_prompt
+from rewards import RewardError, fill_slots
+from rewards.scorer import Scorer
 from rewards.verify import same_answers
-from runs.config import at_the_door, parse_config, require, run_script
-from runs.folder import require_writable
+from runs.comparison import aligned
+from runs.config import RunStopped, at_the_door, parse_config, require, run_script
+from runs.exam_report import GREEDY, exam_page, figure_rows, points
+from runs.folder import environment, require_writable
+from runs.page import write_page
 from tokenizer import asking, load_tokenizer
 
 
@@ -80,11 +86,15 @@ class EvaluateConfig:
     max_completion_tokens: int = 512
     """Tokens a completion at most."""
     samples: int = 0
-    """Besides the greedy answer, this many sampled ones: their mean accuracy, and pass@k with k = samples."""
+    """Besides the greedy answer, this many sampled ones: their mean accuracy, the majority's, the best by
+    `rewards`, and pass@k up to k = samples."""
     temperature: float = 1.0
     """Of the sampled answers."""
     seed: int = 0
     """Of the sampled answers."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "repetition": -0.1})
+    """What chooses the best of a problem's samples: weight by name, as in training. Only rewards that need
+    no answer; none of them is shown one."""
     shuffle_seed: int | None = None
     """Take the problems in another order, before `limit`; if not given, in the data's."""
     train_data: str | None = None
@@ -92,8 +102,8 @@ class EvaluateConfig:
     contaminated: Literal["count", "drop"] = "count"
     """Whether those are only counted, or left out as well."""
     output: str | None = None
-    """A folder for report.json and samples.jsonl, every answer as it comes: the same command goes on where it
-    was stopped."""
+    """A folder for report.json, report.html and samples.jsonl, every answer as it comes: the same command
+    goes on where it was stopped."""
     json: str | None = None
     """Write the figures to this file."""
     write_sft: str | None = None
@@ -135,11 +145,19 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """What one model did."""
+    """What one model did.
+
+    Attributes:
+        figures: as docs/evaluation.md tells them.
+        greedy: an answer a problem.
+        sampled: `samples` answers a problem, or nothing.
+        earned: what the rewards give each of those.
+    """
 
     figures: dict[str, Any]
     greedy: list[Answer]
     sampled: list[list[Answer]]
+    earned: list[list[float]]
 
 
 def load_engine(config: EvaluateConfig, name: str, tokenizer: Any, device: Any) -> Engine:
@@ -197,6 +215,7 @@ def examine(
     problems: list[Problem],
     accelerator: Accelerator,
     book: AnswerBook,
+    scorer: Scorer,
 ) -> Result:
     """Let a model answer greedily, and in samples if asked for; every process its share."""
     size = math.ceil(len(problems) / accelerator.num_processes)
@@ -218,40 +237,57 @@ def examine(
             known[number] = answers
             book.keep(key, number, problems[number], answers, model=name, kind=kind)
 
-        bar.update(n * sum(number in known for number in range(first, stop)))
+        bar.initial += (done := n * sum(number in known for number in range(first, stop)))
+        bar.update(done)  # which took no time, and tells nothing of how much is left
         for begin, end in list(gaps(known, first, stop)):
             asked = (problems[begin:end], params, n, (config.seed,), begin)
             hold_exam(engine, tokenizer, *asked, on_answer=bar.update, on_group=keep)
-        return gather_object([known[number] for number in range(first, stop)])
+        return [known[number] for number in range(first, stop)]
 
+    earned: list[list[float]] = []
     with bar, accelerator.autocast():
         greedy = ask("greedy", 0.0, 1)
         sampled = ask("sampled", config.temperature, config.samples) if config.samples else []
-    return Result(figures_of(greedy, sampled), [group[0] for group in greedy], sampled)
+        if sampled:
+            try:
+                asked = problems[first:stop]
+                earned = rate(scorer, tokenizer, asked, sampled, config.max_completion_tokens)
+            except RewardError as error:
+                raise RunStopped(f"{error}. Mend the function") from error
+    greedy, sampled, earned = map(gather_object, (greedy, sampled, earned))
+    return Result(figures_of(greedy, sampled, earned), [group[0] for group in greedy], sampled, earned)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Figures
 
 
-def figures_of(greedy: list[list[Answer]], sampled: list[list[Answer]]) -> dict[str, Any]:
-    """What `exam.summarise` says of the greedy answers, and of k samples their mean accuracy, the majority's
-    and the chance that one of them is right.
+def figures_of(
+    greedy: list[list[Answer]], sampled: list[list[Answer]], earned: list[list[float]]
+) -> dict[str, Any]:
+    """What `exam.summarise` says of the greedy answers, and of k samples their mean accuracy, the majority's,
+    that of the one that earned most, and the chance that one of up to k is right.
     """
     figures = summarise(greedy)
     if sampled:
         k = len(sampled[0])
         right = [sum(bool(answer.correct) for answer in group) for group in sampled]
-        passes = [pass_at_k(k, count, k) for count in right]
-        votes = [float(majority_is_right(group)) for group in sampled]
-        figures |= {
-            "samples": k,
-            "accuracy_sampled": statistics.fmean(right) / k,
-            "ci95_sampled": list(bootstrap_interval([count / k for count in right])),
-            "maj_at_k": statistics.fmean(votes),
-            "ci95_maj_at_k": list(bootstrap_interval(votes)),
-            "pass_at_k": statistics.fmean(passes),
-            "ci95_pass_at_k": list(bootstrap_interval(passes)),
+        best = [
+            group[choose(group, rewards)].correct is True
+            for group, rewards in zip(sampled, earned, strict=True)
+        ]
+        figures["samples"] = k
+        for name, values in {
+            "accuracy_sampled": [count / k for count in right],
+            "maj_at_k": [float(majority_is_right(group)) for group in sampled],
+            "best_of_n": [float(is_right) for is_right in best],
+            "pass_at_k": [pass_at_k(k, count, k) for count in right],
+        }.items():
+            interval = f"ci95_{name.removeprefix('accuracy_')}"
+            figures |= {name: statistics.fmean(values), interval: list(bootstrap_interval(values))}
+        some = [2**power for power in range(k.bit_length()) if 2**power < k] + [k]
+        figures["pass_at"] = {
+            str(n): statistics.fmean(pass_at_k(k, count, n) for count in right) for n in some
         }
     return figures
 
@@ -329,42 +365,9 @@ def write_examples(config: EvaluateConfig, problems: list[Problem], sampled: lis
 # Telling
 
 
-def _corrections(figures: dict[str, Any]) -> str:
-    helped = figures["self_correction_accuracy"]
-    return f"{figures['self_correction_rate']:.1%}" + (
-        f" (right: {helped:.0%})" if helped is not None else ""
-    )
-
-
-ROWS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
-    ("accuracy_strict", "accuracy, strict", lambda f: f"{f['accuracy_strict']:.1%}"),
-    ("ci95", "  95 % interval", lambda f: "{:.1%} to {:.1%}".format(*f["ci95"])),
-    ("accuracy_lenient", "accuracy, lenient", lambda f: f"{f['accuracy_lenient']:.1%}"),
-    ("accuracy_sampled", "accuracy, sampled", lambda f: f"{f['accuracy_sampled']:.1%}"),
-    ("maj_at_k", "majority of k", lambda f: f"{f['maj_at_k']:.1%} (k = {f['samples']})"),
-    ("pass_at_k", "pass@k", lambda f: f"{f['pass_at_k']:.1%} (k = {f['samples']})"),
-    ("format_rate", "well formed", lambda f: f"{f['format_rate']:.1%}"),
-    ("truncation_rate", "truncated", lambda f: f"{f['truncation_rate']:.1%}"),
-    ("undecided_rate", "undecided", lambda f: f"{f['undecided_rate']:.1%}"),
-    ("mean_tokens", "tokens, mean", lambda f: f"{f['mean_tokens']:.1f}"),
-    ("median_tokens", "tokens, median", lambda f: f"{f['median_tokens']:.0f}"),
-    ("verification_rate", "checks itself", lambda f: f"{f['verification_rate']:.1%}"),
-    ("self_correction_rate", "corrects itself", _corrections),
-)
-
-
 def table(results: dict[str, Result]) -> str:
     """The figures of the models, one column each."""
-    rows = [["", *results]]
-    for key, label, show in ROWS:
-        if all(key in result.figures for result in results.values()):
-            rows.append([label, *(show(result.figures) for result in results.values())])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * sum(widths, 2 * (len(widths) - 1)), *lines[1:]])
+    return aligned(figure_rows({name: result.figures for name, result in results.items()}))
 
 
 def telling_problem(results: list[Result]) -> int:
@@ -412,7 +415,7 @@ def tell(config: EvaluateConfig, results: dict[str, Result], problems: list[Prob
         low, high = report["difference"]["ci95"]
         gain = report["difference"]["accuracy_strict"]
         print(
-            f"\ndifference {100 * gain:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}), "
+            f"\ndifference {points(gain)} points (95 % interval {points(low)} to {points(high)}), "
             f"McNemar's p = {report['p_value']:.2g}"
         )
     for name, kinds in report["by"].items():
@@ -428,6 +431,37 @@ def tell(config: EvaluateConfig, results: dict[str, Result], problems: list[Prob
         print(f"\n  {name}: {'right' if answer.correct else 'wrong'}\n{indented(answer.completion)}")
 
 
+def answers_of(problems: list[Problem], result: Result) -> list[dict[str, Any]]:
+    """Every answer for the page: a problem's greedy one, then its samples."""
+    rows = []
+    for number, problem in enumerate(problems):
+        told = {"number": number, "question": problem.question, "gold": problem.gold}
+        rows.append(asdict(result.greedy[number]) | told | {"how": GREEDY, "reward": None, "chosen": False})
+        if result.sampled:
+            group, earned = result.sampled[number], result.earned[number]
+            best = choose(group, earned)
+            for place, (answer, reward) in enumerate(zip(group, earned, strict=True)):
+                how = {"how": f"sample {place + 1}", "reward": reward, "chosen": place == best}
+                rows.append(asdict(answer) | told | how)
+    return rows
+
+
+def write_report(
+    config: EvaluateConfig, results: dict[str, Result], problems: list[Problem], report: dict
+) -> None:
+    """Write the figures, and for a person who wants to look, the page."""
+    files = [Path(config.json)] if config.json else []
+    files += [Path(config.output) / "report.json"] if config.output else []
+    for file in files:
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"\nfigures in {file}")
+    if config.output:
+        answers = {name: answers_of(problems, result) for name, result in results.items()}
+        page = exam_page(report, answers, asdict(config), environment())
+        write_page(Path(config.output) / "report.html", page)
+        print(f"report in {Path(config.output) / 'report.html'}")
+
+
 def main(config: EvaluateConfig) -> int:
     """Measure, print, and write the figures if asked for; returns the exit code."""
     names = [name for name in (config.baseline, config.model) if name]
@@ -435,12 +469,16 @@ def main(config: EvaluateConfig) -> int:
         accelerator = make_accelerator()
         tokenizers = {name: load_tokenizer(name, **asking(config)) for name in names}
         problems, seen = load_exam(config)
+        choosers = fill_slots(parse_choosers(config.rewards), load_reward_model, accelerator.device)
     book = AnswerBook(Path(config.output) if config.output else None, accelerator.process_index)
     results: dict[str, Result] = {}
     for name in names:
         with at_the_door():
             engine = load_engine(config, name, tokenizers[name], accelerator.device)
-        results[name] = examine(config, name, engine, tokenizers[name], problems, accelerator, book)
+        with Scorer(choosers) as scorer:
+            asked = (engine, tokenizers[name], problems, accelerator, book, scorer)
+            results[name] = examine(config, name, *asked)
+        del asked
         del engine
     if not accelerator.is_main_process:
         return 0
@@ -448,11 +486,7 @@ def main(config: EvaluateConfig) -> int:
     tell(config, results, problems, report)
     if config.write_sft:
         write_examples(config, problems, results[config.model].sampled)
-    files = [Path(config.json)] if config.json else []
-    files += [Path(config.output) / "report.json"] if config.output else []
-    for file in files:
-        file.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nfigures in {file}")
+    write_report(config, results, problems, report)
     return 0
 
 

@@ -117,7 +117,7 @@ def draw_charts(runs: Mapping[str, Record]) -> str:
         if len(runs) > 1 and (len(still) < len(lines) or len({line.last for line in still}) > 1):
             still = []  # beside another, a line that does not move says something, too
         if drawn := [line for line in lines if line not in still]:
-            charts.append(_chart(title, drawn, last_step, shares, LARGE if len(charts) < 2 else SMALL))
+            charts.append(draw_chart(title, drawn, last_step, shares, LARGE if len(charts) < 2 else SMALL))
         names = {title if len(runs) > 1 or len(lines) == 1 else f"{title} {x.label}": x for x in still}
         left_out += [f"{name} {number(line.last, shares)}" for name, line in names.items()]
     if not charts:
@@ -191,12 +191,13 @@ LARGE, SMALL = (480, 240), (310, 170)  # in the pixels that they take on a wide 
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 24  # what axis labels need around a chart
 
 
-def _chart(
+def draw_chart(
     title: str,
     lines: Sequence[Series],
     last_step: int,
     shares: bool = False,
     size: tuple[int, int] = SMALL,
+    along: str = "step",
 ) -> str:
     """One chart with its legend.
 
@@ -206,6 +207,7 @@ def _chart(
         last_step: the right end of the axis, the same in every chart of a report.
         shares: values are in [0, 1] and told as percentages.
         size: width and height.
+        along: what is counted from left to right.
     """
     width, height = size
     values = [value for line in lines for _, value in line.points]
@@ -229,22 +231,27 @@ def _chart(
             drawn.append(f'<text x="{x}" y="{height - 6}" class="mid">{step:g}</text>')
     # The last is drawn first: the line that a chart is about lies on top.
     for position, line in reversed(list(enumerate(lines))):
-        drawn.append(f'<g class="c{position % 6}">{_line(line, place, shares)}</g>')
+        drawn.append(f'<g class="c{position % 6}">{_line(line, place, shares, along)}</g>')
     legend = "".join(
         f'<span class="c{position % 6}"><i></i>{safe(line.label)}'
-        f"<b>{number(line.points[-1][1], shares) if line.points else '–'}</b></span>"
+        f"{_end(line, shares) if along == 'step' else ''}</span>"
         for position, line in enumerate(lines)
     )
     lost = sum(line.lost for line in lines)
     note = f'<p class="warning">{count(lost, "value")} not finite, left out</p>' if lost else ""
     return (
         f"<figure><figcaption><h3>{safe(title)}</h3><div>{legend}</div></figcaption>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{safe(title)} over steps">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{safe(title)} over {along}s">'
         f"{''.join(drawn)}</svg>{note}</figure>"
     )
 
 
-def _line(line: Series, place: Any, shares: bool) -> str:
+def _end(line: Series, shares: bool) -> str:
+    """What a run came to."""
+    return f"<b>{number(line.last, shares) if line.points else '–'}</b>"
+
+
+def _line(line: Series, place: Any, shares: bool, along: str) -> str:
     """The marks of one series: its band, its values, and where they are many, their moving mean on top."""
     drawn = ""
     if len(line.band) > 1:
@@ -265,7 +272,7 @@ def _line(line: Series, place: Any, shares: bool) -> str:
         intervals = {step: f", {low:.1%} to {high:.1%}" for step, low, high in line.band}
         for step, value in line.points:
             x, y = place(step, value).split(",")
-            told = f"step {step}: {number(value, shares)}{intervals.get(step, '')}"
+            told = f"{along} {step}: {number(value, shares)}{intervals.get(step, '')}"
             drawn += f'<circle cx="{x}" cy="{y}" r="3"><title>{told}</title></circle>'
     return drawn
 

@@ -52,7 +52,7 @@ body { margin: 0 auto; max-width: 1120px; padding: 3rem 1.5rem 4rem; background:
   color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.9rem; font-weight: 650; letter-spacing: -.01em; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; font-weight: 620; margin: 2.6rem 0 .6rem; }
-h3 { font-size: .95rem; font-weight: 620; margin: 0; }
+h3 { font-size: .95rem; font-weight: 620; margin: 0; overflow-wrap: anywhere; }
 p { margin: 0; overflow-wrap: anywhere; }
 header p, h2 + p, .tile p, figcaption { color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 1rem;
@@ -85,11 +85,14 @@ circle { fill: var(--c); }
 .warning { color: var(--c4); font-size: .82rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1rem;
   align-items: start; }
-.pair > div { min-width: 0; }
+.pair > * { min-width: 0; }
 h2 + p + .pair { margin-top: .8rem; }
 article { margin-top: .7rem; padding: .8rem 1rem; font-size: .85rem; }
 article > p:last-child { color: var(--soft); }
 .question { font-weight: 550; white-space: pre-wrap; max-height: 8rem; overflow: auto; }
+h2 + .question { color: inherit; }
+h2 + p + .question { margin-top: .8rem; }
+.pair + .question { margin-top: 1.4rem; }
 pre { margin: .5rem 0; padding: .6rem .75rem; max-height: 15rem; overflow: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; background: var(--page); border-radius: 7px;
   font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }

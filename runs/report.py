@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def report_page(folder: Path) -> str:
         _incidents(run),
         show_canaries(folder / "canaries.jsonl"),
         show_samples(folder / "rollouts.jsonl"),
-        _tables(run),
+        tables(run.config, run.environment),
     )
     return PAGE.substitute(
         title=safe(run.name), facts=" · ".join(safe(fact) for fact in facts), body="\n".join(parts)
@@ -83,6 +84,11 @@ def _tiles(run: Record) -> str:
     total = run.config.get("total_steps", "an unknown number")
     tiles.append(("steps", f"{done}", "finished" if done == total else f"of {total}"))
     tiles.append(("time in steps", duration(run.seconds), "evaluation and saving not counted"))
+    return draw_tiles(tiles)
+
+
+def draw_tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
+    """Figures in large type, each with what stands over and under it."""
     told = "".join(
         f'<div class="tile"><p>{safe(over)}</p><strong>{safe(figure)}</strong><p>{safe(under)}</p></div>'
         for over, figure, under in tiles
@@ -137,18 +143,18 @@ def _incidents(run: Record) -> str:
     return f"<h2>Incidents</h2><p>{told}.</p>{wide_table(head, rows)}"
 
 
-def _tables(run: Record) -> str:
+def tables(config: dict[str, Any], environment: dict[str, Any]) -> str:
     """The configuration and the environment, for whoever wants to run it again."""
-    facts = dict(run.environment)
+    facts = dict(environment)
     command = facts.pop("command", None)
     facts |= facts.pop("packages", {})
     told = f'<h2>Run it again</h2><pre class="command">{safe(shlex.join(command))}</pre>' if command else ""
-    tables = "".join(
+    both = "".join(
         f"<div><h2>{title}</h2><table>{''.join(map(_table_row, rows.items()))}</table></div>"
-        for title, rows in (("Configuration", run.config), ("Environment", facts))
+        for title, rows in (("Configuration", config), ("Environment", facts))
         if rows
     )
-    return f'{told}<div class="pair">{tables}</div>'
+    return f'{told}<div class="pair">{both}</div>'
 
 
 def _table_row(item: tuple[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Completions of a run for a person to read: as they came, and those that say most."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ def show_samples(path: Path) -> str:
     first = [row for row in head if row["step"] == head[0]["step"]]
     last = [row for row in tail if row["step"] == tail[-1]["step"]]
     columns = [first, last] if first[0]["step"] != last[0]["step"] else [first]
-    shown = "".join(_column(f"Step {rows[0]['step']}", _one_a_group(rows)[:SAMPLES]) for rows in columns)
+    shown = "".join(
+        column(f"Step {rows[0]['step']}", map(_rollout, _one_a_group(rows)[:SAMPLES])) for rows in columns
+    )
     steps = f"step {tail[0]['step']} to {tail[-1]['step']}"
-    picked = "".join(_column(title, rows[:PICKED], note) for title, rows, note in _picks(tail))
+    picked = "".join(column(title, map(_rollout, rows[:PICKED]), note) for title, rows, note in _picks(tail))
     return (
         "<h2>Completions</h2><p>One completion from each of a few groups, not picked by what it earned.</p>"
         f'<div class="pair">{shown}</div>'
@@ -51,16 +53,29 @@ def show_canaries(path: Path) -> str:
 
 
 def _canary(question: str, answers: Sequence[dict[str, Any]]) -> str:
-    steps = "".join(
-        f"<article><h3>Step {row['step']}</h3><pre>{safe(_shorten(row['completion']))}</pre>"
-        f'<p><b class="{_verdict(row)}">{_verdict(row)}</b></p></article>'
-        for row in answers
+    return beside(question, [article(row, [], f"Step {row['step']}") for row in answers])
+
+
+def beside(question: str, articles: Sequence[str]) -> str:
+    """Several completions of one problem."""
+    return f'<p class="question">{safe(shorten(question))}</p><div class="pair">{"".join(articles)}</div>'
+
+
+def article(row: dict[str, Any], facts: Sequence[str], title: str = "") -> str:
+    """A completion as a card.
+
+    Args:
+        row: has `completion` and `correct`, and `question` unless there is a title.
+        facts: told under it, after the verdict.
+        title: above it, where the question stands elsewhere.
+    """
+    verdict = {True: "correct", False: "wrong"}.get(row["correct"], "undecided")
+    over = f"<h3>{safe(title)}</h3>" if title else f'<p class="question">{safe(shorten(row["question"]))}</p>'
+    under = f" {safe(shorten(' · '.join(facts)))}" if facts else ""
+    return (
+        f"<article>{over}<pre>{safe(shorten(row['completion']))}</pre>"
+        f'<p><b class="{verdict}">{verdict}</b>{under}</p></article>'
     )
-    return f'<p class="question">{safe(_shorten(question))}</p><div class="pair">{steps}</div>'
-
-
-def _verdict(row: dict[str, Any]) -> str:
-    return {True: "correct", False: "wrong"}.get(row["correct"], "undecided")
 
 
 def _picks(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]], str]]:
@@ -82,9 +97,10 @@ def _picks(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any
     ]
 
 
-def _column(title: str, rows: Sequence[dict[str, Any]], note: str = "") -> str:
+def column(title: str, articles: Iterable[str], note: str = "") -> str:
+    """Completions of a kind under each other, to stand beside those of another."""
     told = f"<p>{safe(note)}</p>" if note else ""
-    return f"<div><h3>{safe(title)}</h3>{told}{''.join(map(_rollout, rows))}</div>"
+    return f"<div><h3>{safe(title)}</h3>{told}{''.join(articles)}</div>"
 
 
 def _one_a_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,7 +111,6 @@ def _one_a_group(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rollout(row: dict[str, Any]) -> str:
-    verdict = _verdict(row)
     extracted = "nothing" if row["extracted"] is None else row["extracted"]
     parts = ", ".join(f"{name} {'–' if v is None else f'{v:g}'}" for name, v in row["rewards"].items())
     facts = [f"answer {extracted}", f"expected {row['gold']}", f"reward {row['reward']:.3g} ({parts})"]
@@ -103,14 +118,11 @@ def _rollout(row: dict[str, Any]) -> str:
     facts.append("not learned from" if advantage is None else f"advantage {advantage:+.2f}")
     facts.append(count(row["tokens"], "token"))
     facts += ["cut off"] if row["finish_reason"] == "length" else []
-    return (
-        f'<article><p class="question">{safe(_shorten(row["question"]))}</p>'
-        f"<pre>{safe(_shorten(row['completion']))}</pre>"
-        f'<p><b class="{verdict}">{verdict}</b> {safe(_shorten(" · ".join(facts)))}</p></article>'
-    )
+    return article(row, facts)
 
 
-def _shorten(told: str) -> str:
+def shorten(told: str) -> str:
+    """A text of a model, or what is left of it where it is long."""
     if len(told) <= TEXT_LIMIT:
         return told
     half = TEXT_LIMIT // 2

@@ -8,6 +8,7 @@ import pytest
 
 import evaluate
 from answers import AnswerBook
+from choice import parse_choosers
 from data import Problem
 from evaluate import (
     EvaluateConfig,
@@ -21,6 +22,7 @@ from evaluate import (
 )
 from exam import Answer
 from inference import Completion
+from rewards.scorer import Scorer
 
 
 def answer(correct, extracted="1", tokens=3):
@@ -45,19 +47,24 @@ def test_a_majority_is_of_answers_that_say_the_same(told, right):
 def test_figures_of_samples():
     greedy = [[answer(True)], [answer(False)]]
     sampled = [[answer(True, "7")] * 3 + [answer(False, "8")], [answer(False, "1"), answer(True, "2")] * 2]
-    figures = figures_of(greedy, sampled)
+    earned = [[0.1, 0.5, 0.5, 0.9], [0.5, 0.2, 0.5, 0.5]]  # the wrong one, and the first of equals: wrong
+    figures = figures_of(greedy, sampled, earned)
     assert figures["accuracy_strict"] == 1 / 2
     assert figures["accuracy_sampled"] == 5 / 8
     assert figures["maj_at_k"] == 1 / 2
     assert figures["pass_at_k"] == 1.0
+    assert figures["best_of_n"] == 0.0
+    assert figures["pass_at"] == {"1": 5 / 8, "2": (1 + 5 / 6) / 2, "4": 1.0}
     assert figures["samples"] == 4
-    assert "pass_at_k" not in figures_of(greedy, [])
+    assert figures_of(greedy, sampled, [[1, 0, 0, 0], [0, 0, 0, 1]])["best_of_n"] == 1.0
+    assert figures["ci95_best_of_n"] == [0.0, 0.0]
+    assert not {"pass_at_k", "best_of_n"} & figures_of(greedy, [], []).keys()
 
 
 def test_two_models_are_compared_problem_by_problem():
     def result(verdicts):
         groups = [[answer(verdict)] for verdict in verdicts]
-        return Result(figures_of(groups, []), [group[0] for group in groups], [])
+        return Result(figures_of(groups, [], []), [group[0] for group in groups], [], [])
 
     before, after = [False] * 30 + [True] * 20 + [None] * 2, [True] * 20 + [False] * 10 + [True] * 22
     told = compare(result(before), result(after))
@@ -135,8 +142,8 @@ def test_an_evaluation_that_was_stopped_goes_on_and_tells_the_same(tmp_path, mon
     alone = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, autocast=nullcontext)
 
     def ask(engine, folder):
-        asked = (config, "m", engine, tokenizer, problems, alone, AnswerBook(folder))
-        return examine(*asked)
+        with Scorer(parse_choosers(config.rewards)) as scorer:
+            return examine(config, "m", engine, tokenizer, problems, alone, AnswerBook(folder), scorer)
 
     whole = Engine(tokenizer, 99)
     expected = ask(whole, None)
@@ -151,3 +158,5 @@ def test_an_evaluation_that_was_stopped_goes_on_and_tells_the_same(tmp_path, mon
     assert ask(third, tmp_path) == expected
     assert expected.figures["accuracy_strict"] == 1.0
     assert expected.figures["accuracy_sampled"] == 0.5
+    assert expected.earned == [[1.0, 1.0]] * 6  # both are well formed, so it is the first, which is right
+    assert expected.figures["best_of_n"] == 1.0

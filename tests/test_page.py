@@ -6,7 +6,11 @@ from html import escape
 import pytest
 from written import jsonl, metrics_row, rollout, write_run
 
+from data import Problem
+from evaluate import EvaluateConfig, Result, answers_of, figures_of, report_of
+from exam import Answer
 from runs.comparison import comparison_page, name_all
+from runs.exam_report import exam_page
 from runs.page import write_page
 from runs.records import read_run
 from runs.report import write_report
@@ -36,11 +40,36 @@ def pages(tmp_path_factory):
     (grpo / "incidents").mkdir()
     incident = {"step": 9, "causes": ["the loss is nan"], "rows": []}
     (grpo / "incidents" / "step-000009.json").write_text(json.dumps(incident))
+    write_exam(folder / "exam.html", long)
     runs = [read_run(run) for run in (grpo, write_run(folder / ("b" * 100), seed=8))]
     write_page(folder / "comparison.html", comparison_page(name_all(runs)))
     report = write_report(grpo)
     (folder / "frame.html").write_text(f'<p>log</p><iframe srcdoc="{escape(report.read_text())}"></iframe>')
-    return {"report": report, "comparison": folder / "comparison.html", "frame": folder / "frame.html"}
+    return {
+        "exam": folder / "exam.html",
+        "report": report,
+        "comparison": folder / "comparison.html",
+        "frame": folder / "frame.html",
+    }
+
+
+def write_exam(path, long):
+    """The report of an evaluation beside a baseline, in which everything is long and hostile."""
+
+    def said(correct):
+        return Answer(f"{HOSTILE}{long}", 9, True, False, correct, correct, long)
+
+    problems = [Problem(f"{HOSTILE}{long}", HOSTILE, None, {"level": f"Level {i % 3}"}) for i in range(9)]
+    results = {}
+    for name, offset in (("b" * 150, 0), ("m" * 100, 1)):
+        groups = [[said((i + offset) % 3 == 0)] * 2 for i in range(9)]
+        earned = [[1.0, 0.5]] * 9
+        figures = figures_of([group[:1] for group in groups], groups, earned)
+        results[name] = Result(figures, [group[0] for group in groups], groups, earned)
+    config = EvaluateConfig(model="m" * 100, baseline="b" * 150, data=HOSTILE, samples=2)
+    report = report_of(config, results, problems, None)
+    answers = {name: answers_of(problems, result) for name, result in results.items()}
+    write_page(path, exam_page(report, answers, vars(config), {"command": [long]}))
 
 
 @pytest.fixture
@@ -67,7 +96,7 @@ def visit(browser):
 
 
 @pytest.mark.parametrize("width", [1200, 400])
-@pytest.mark.parametrize(("name", "charts"), [("report", 7), ("comparison", 7)])
+@pytest.mark.parametrize(("name", "charts"), [("report", 7), ("comparison", 7), ("exam", 2)])
 def test_a_page_fits_its_window_and_every_curve_is_seen(visit, pages, name, charts, width, tmp_path):
     page = visit(pages[name], width)
     page.screenshot(path=tmp_path / f"{name}.png", full_page=True)

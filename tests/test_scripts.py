@@ -90,6 +90,7 @@ def trained(tmp_path_factory):
             max_completion_tokens=64,
             samples=2,
             json=str(figures),
+            output=str(folder / "evaluation"),
         )
     )
     return folder, json.loads(figures.read_text())
@@ -106,7 +107,13 @@ def test_grpo_raises_held_out_accuracy_by_twenty_points(trained):
     told = [line for stage in ("sft", "grpo") for line in lines(folder / stage / "metrics.jsonl")]
     assert not [line["watchdog"] for line in told if "watchdog" in line]  # a run that learns alarms nobody
     keys = {"model", "data", "n", "accuracy_strict", "accuracy_lenient", "ci95", "format_rate"}
-    assert keys | {"truncation_rate", "mean_tokens"} <= figures.keys()
+    keys |= {"truncation_rate", "undecided_rate", "mean_tokens", "maj_at_k", "pass_at_k", "best_of_n"}
+    assert keys | {"baseline", "difference", "p_value"} <= figures.keys()
+    assert keys <= before.keys()
+    assert json.loads((folder / "evaluation" / "report.json").read_text()) == figures
+    page = (folder / "evaluation" / "report.html").read_text()
+    assert f"{after['accuracy_strict']:.1%}" in page
+    assert "Beside the baseline" in page
 
 
 @pytest.mark.slow
