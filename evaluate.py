@@ -16,6 +16,7 @@ import math
 import random
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -222,9 +223,9 @@ def examine(
     first = min(len(problems), accelerator.process_index * size)
     stop = min(len(problems), first + size)
     total = (stop - first) * (1 + config.samples)
-    bar = tqdm(
-        total=total, desc=name, unit="answer", dynamic_ncols=True, disable=not accelerator.is_main_process
-    )
+    pause_s = 0.1 if sys.stderr.isatty() else 30.0  # a file is not drawn over
+    shown = {"mininterval": pause_s, "maxinterval": pause_s, "disable": not accelerator.is_main_process}
+    bar = tqdm(total=total, desc=name, unit="answer", dynamic_ncols=True, **shown)
 
     def ask(kind: str, temperature: float, n: int) -> list[list[Answer]]:
         params = SamplingParams(config.max_completion_tokens, temperature)
@@ -237,8 +238,10 @@ def examine(
             known[number] = answers
             book.keep(key, number, problems[number], answers, model=name, kind=kind)
 
-        bar.initial += (done := n * sum(number in known for number in range(first, stop)))
-        bar.update(done)  # which took no time, and tells nothing of how much is left
+        done = n * sum(number in known for number in range(first, stop))
+        if not bar.disable:
+            bar.initial += done  # it took no time, and tells nothing of how much is left
+        bar.update(done)
         for begin, end in list(gaps(known, first, stop)):
             asked = (problems[begin:end], params, n, (config.seed,), begin)
             hold_exam(engine, tokenizer, *asked, on_answer=bar.update, on_group=keep)

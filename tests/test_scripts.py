@@ -402,6 +402,30 @@ def test_two_processes_train_as_one(tmp_path, knobs):
     assert (before - after).norm() / before.norm() < 1e-6
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_and_one_goes_on_where_they_were(tmp_path):
+    asked = {"model": "tiny", "limit": 7, "samples": 2, "max_completion_tokens": 12}
+    evaluate(EvaluateConfig(**asked, json=str(tmp_path / "one.json")))
+    flags = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    flags += ["--output", str(tmp_path / "two")]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+        + ["evaluate.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    files = sorted((tmp_path / "two").glob("samples*.jsonl"))
+    assert [len(lines(file)) for file in files] == [2 * 3, 2 * 4]  # samples-1.jsonl stands first
+    kept = [file.read_bytes() for file in files]
+    evaluate(EvaluateConfig(**asked, output=str(tmp_path / "two"), json=str(tmp_path / "again.json")))
+    assert [file.read_bytes() for file in files] == kept  # nothing was asked again
+    told = [(tmp_path / name).read_text() for name in ("one.json", "two/report.json", "again.json")]
+    assert told[0] == told[1] == told[2]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Real data
 
