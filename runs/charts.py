@@ -65,6 +65,19 @@ PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
     ("Throughput of sampling", False, {"rollout/tokens_per_s": "tokens a second"}),
     ("Peak memory", False, {"memory/peak_mib": "MiB"}),
 )
+# The same, of evaluations: what emerges in thoughts as a run goes on.
+EMERGING: tuple[tuple[str, bool, dict[str, str]], ...] = (
+    (
+        "Thoughts on held-out problems",
+        True,
+        {
+            "thinking_rate": "thinks",
+            "verification_rate": "checks itself",
+            "self_correction_rate": "corrects itself",
+        },
+    ),
+    ("Tokens of thoughts on held-out problems", False, {"thought_tokens": "tokens"}),
+)
 # What rounding leaves where a metric is zero by construction: on the policy that sampled.
 ROUNDING = {"policy/loss": 5e-5, "policy/approx_kl": 1e-6, "rollout/sampler_mismatch_kl": 1e-6}
 SPREAD = ("/min", "/max", "/std")  # of a reward: the last has a chart, the others say little over steps
@@ -100,6 +113,13 @@ def _accuracy_series(run: Record, name: str | None = None) -> list[Series]:
         label = set_ if name is None else f"{name}, {set_}" if len(sets) > 1 else name
         found.append(Series(label, points, band, marked=True))
     return found
+
+
+def _emerging_series(run: Record, key: str, label: str) -> Series:
+    """A figure of the evaluations on the set that was first evaluated on."""
+    rows = [row for row in run.held_out if is_reading(row.get(key, math.nan))]
+    points = [(row["step"], row[key]) for row in rows]
+    return Series(label, points, [], marked=True, is_flat=_is_flat(key, points))
 
 
 def draw_charts(runs: Mapping[str, Record]) -> str:
@@ -142,10 +162,17 @@ def _curves(run: Record) -> list[Plot]:
     accuracy = _accuracy_series(run)
     if any("train/accuracy" in row for row in run.metrics):
         accuracy.append(_series(run, "train/accuracy", "training samples"))
-    return [("Accuracy", True, accuracy)] + [
-        (title, shares, [_series(run, key, label) for key, label in keys.items()])
-        for title, shares, keys in _panels([run])
-    ]
+    return (
+        [("Accuracy", True, accuracy)]
+        + [
+            (title, shares, [_series(run, key, label) for key, label in keys.items()])
+            for title, shares, keys in _panels([run])
+        ]
+        + [
+            (title, shares, [_emerging_series(run, key, label) for key, label in keys.items()])
+            for title, shares, keys in EMERGING
+        ]
+    )
 
 
 def _overlay(runs: Mapping[str, Record]) -> list[Plot]:
@@ -155,6 +182,10 @@ def _overlay(runs: Mapping[str, Record]) -> list[Plot]:
     for title, shares, keys in panels:
         for key, label in keys.items():
             lines = [_series(run, key, name) for name, run in runs.items()]
+            plots.append((f"{title}: {label}" if len(keys) > 1 else title, shares, lines))
+    for title, shares, keys in EMERGING:
+        for key, label in keys.items():
+            lines = [_emerging_series(run, key, name) for name, run in runs.items()]
             plots.append((f"{title}: {label}" if len(keys) > 1 else title, shares, lines))
     return plots
 

@@ -57,6 +57,8 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
         _require_known(str(key), names, "the --config file has an unknown key")
         if value is None and type(None) not in get_args(types[key]):
             raise ValueError(f"{key} has no value in the --config file; give one, or leave the line out")
+    if "log_level" in names:
+        argv = ["--log_level=quiet" if word == "--quiet" else word for word in argv]
     for word in argv:
         if word.startswith("--"):
             flag = word[2:].partition("=")[0].partition(".")[0]

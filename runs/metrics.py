@@ -16,6 +16,8 @@ from runs.watchdog import FINDINGS, Finding
 # What trackers that have tables are shown of the completions: a few, of milestones.
 TABLE = ("step", "question", "completion", "gold", "extracted", "correct", "reward", "advantage")
 TABLE_ROWS = 16
+# What trackers are told of an evaluation besides its accuracy.
+EMERGING = ("thinking_rate", "thought_tokens", "verification_rate", "self_correction_rate")
 TRACKED = "tracked.id"  # of the run as W&B knows it; a run that goes on is the same there, too
 
 
@@ -107,7 +109,8 @@ class RunLog:
     ) -> None:
         """Record an evaluation made after `step` steps, and what the watchdog found in it."""
         self._append("eval.jsonl", [{"step": step, "set": name, **figures, **_told(findings)}])
-        self.accelerator.log({f"eval/{name}_accuracy": figures["accuracy_strict"]}, step=step)
+        told = {f"eval/{name}_{key}": figures[key] for key in EMERGING if key in figures}
+        self.accelerator.log({f"eval/{name}_accuracy": figures["accuracy_strict"], **told}, step=step)
         self.console.evaluation(step, name, figures)
 
     def canaries(self, step: int, rows: list[dict[str, Any]]) -> None:

@@ -125,8 +125,8 @@ class TrainingConfig:
     tracker: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
     """Where metrics go besides `metrics.jsonl`; install its package. WANDB_MODE=offline keeps W&B offline."""
     log_level: LogLevel = "info"
-    """quiet: what goes wrong, and how it ends; info: also evaluations, and a line for each twentieth of the
-    run or, where steps are slow, for each step; debug: a line a step."""
+    """quiet (or just --quiet): what goes wrong, and how it ends; info: also evaluations, and a line for each
+    twentieth of the run or, where steps are slow, for each step; debug: a line a step."""
     dry_run: bool = False
     """Rehearse and end: memory, accuracy, time and cost, and what would keep the run from learning."""
     price_per_hour: float = 0.0

@@ -32,6 +32,8 @@ class Settings:
     """Of the task."""
     merge: bool = False
     """A switch."""
+    log_level: Literal["quiet", "info"] = "info"
+    """How much is told."""
     dynamic: bool | None = None
     """A switch that a preset may set."""
 
@@ -85,6 +87,14 @@ def test_a_switch_needs_no_value_and_takes_one(name, config_file):
     assert getattr(parse(f"--{name}", "false", "--config", config_file(f"{name}: true")), name) is False
     with pytest.raises(ValueError, match=name):
         parse(f"--{name}", "perhaps")
+
+
+def test_quiet_is_short_for_the_quiet_level(config_file):
+    assert parse_config(Settings, ["--quiet", "--total_steps", "3"]).log_level == "quiet"
+    file = config_file("log_level: info")
+    assert parse_config(Settings, ["--quiet", "--config", file]).log_level == "quiet"
+    with pytest.raises(ValueError, match="unknown flag: --quiet"):
+        parse_config(dataclasses.make_dataclass("Loud", [("seed", int, 0)], frozen=True), ["--quiet"])
 
 
 def test_an_empty_file_changes_nothing(config_file):

@@ -14,6 +14,8 @@ from written import evaluation, jsonl, metrics_row, rollout, write_run
 
 from runs import charts, figures, records
 from runs.charts import PANELS
+from runs.comparison import comparison_page
+from runs.records import read_run
 from runs.report import write_report
 
 HOSTILE = (
@@ -208,6 +210,24 @@ def test_a_spike_in_a_long_run_is_still_drawn():
     assert len(smooth) == 150
     assert [smooth[0][0], smooth[-1][0]] == [0, 19_999]
     assert max(value for _, value in smooth) == pytest.approx(1 + 49 / 1001)
+
+
+def test_what_emerges_in_thoughts_is_drawn_over_the_evaluations(folder):
+    emerging = [{"thinking_rate": 0.1 * i, "thought_tokens": 5.0 * i} for i in (1, 2, 3)]
+    rows = [evaluation(30 * i, 0.5) | told for i, told in enumerate(emerging)]
+    for row in rows:
+        row |= {"verification_rate": 0.0, "self_correction_rate": 0.02}
+    jsonl(folder / "eval.jsonl", rows)
+    page = Page(write_report(folder))
+    assert page.charts[-2:] == ["Thoughts on held-out problems", "Tokens of thoughts on held-out problems"]
+    thoughts, tokens = page.source.split("<figure>")[-2:]
+    assert "<title>step 60: 30%</title>" in thoughts
+    assert re.findall(r"</i>([^<]*)<b>([^<]*)</b>", thoughts) == [("thinks", "30%")]
+    assert "<title>step 60: 15</title>" in tokens
+    assert "Thoughts on held-out problems checks itself 0%" in page.text
+    both = comparison_page({"a": read_run(folder), "b": read_run(folder)})
+    assert "<h3>Thoughts on held-out problems: thinks</h3>" in both
+    assert "<h3>Tokens of thoughts on held-out problems</h3>" in both
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ STEPS = [
     {"policy/loss": -0.1234567890123, "train/reward": 0.5, "rewards/my.py:f/std": 1e-30},
     {"policy/loss": 3.0e7, "train/reward": 1 / 3, "rewards/my.py:f/std": 0.0},
 ]
-FIGURES = {"accuracy_strict": 0.7, "ci95": [0.2, 0.8], "n": 10}
+FIGURES = {"accuracy_strict": 0.7, "ci95": [0.2, 0.8], "n": 10, "thought_tokens": 8.5}
 ROW = dict.fromkeys(TABLE, "x") | {"step": 1, "correct": None, "reward": 0.25}
 
 
@@ -42,6 +42,7 @@ def track(name, folder):
     log.close()
     told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     told[1]["eval/validation_accuracy"] = FIGURES["accuracy_strict"]
+    told[1]["eval/validation_thought_tokens"] = FIGURES["thought_tokens"]
     return {row.pop("step"): row for row in told}
 
 
