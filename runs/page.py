@@ -92,7 +92,10 @@ article > p:last-child { color: var(--soft); }
 .question { font-weight: 550; white-space: pre-wrap; max-height: 8rem; overflow: auto; }
 h2 + .question { color: inherit; }
 h2 + p + .question { margin-top: .8rem; }
-.pair + .question { margin-top: 1.4rem; }
+.beside + .question { margin-top: 1.4rem; }
+.beside { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(min(100%, 300px), 1fr); gap: 1rem;
+  overflow-x: auto; }
+.beside > * { min-width: 0; }
 pre { margin: .5rem 0; padding: .6rem .75rem; max-height: 15rem; overflow: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; background: var(--page); border-radius: 7px;
   font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }

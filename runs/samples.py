@@ -57,8 +57,8 @@ def _canary(question: str, answers: Sequence[dict[str, Any]]) -> str:
 
 
 def beside(question: str, articles: Sequence[str]) -> str:
-    """Several completions of one problem."""
-    return f'<p class="question">{safe(shorten(question))}</p><div class="pair">{"".join(articles)}</div>'
+    """Several completions of one problem, in one row, which scrolls where they are many."""
+    return f'<p class="question">{safe(shorten(question))}</p><div class="beside">{"".join(articles)}</div>'
 
 
 def article(row: dict[str, Any], facts: Sequence[str], title: str = "") -> str:

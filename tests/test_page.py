@@ -37,6 +37,8 @@ def pages(tmp_path_factory):
         grpo / "rollouts.jsonl",
         [rollout(s, g, f"{HOSTILE}{long}", **wrong) for s in (1, 60) for g in range(5)],
     )
+    canary = {"question": long, "gold": "3", "completion": f"{HOSTILE}{long}", "correct": True}
+    jsonl(grpo / "canaries.jsonl", [canary | {"step": step} for step in range(0, 60, 5)])
     (grpo / "incidents").mkdir()
     incident = {"step": 9, "causes": ["the loss is nan"], "rows": []}
     (grpo / "incidents" / "step-000009.json").write_text(json.dumps(incident))
@@ -124,6 +126,16 @@ def test_what_stands_beside_each_other_on_a_wide_page(visit, pages):
     large = [figure.bounding_box() for figure in page.locator(".large figure").all()]
     assert len(large) == 2
     assert large[0]["y"] == large[1]["y"]
+
+
+def test_answers_to_one_problem_stand_in_one_row(visit, pages):
+    for width in (1200, 400):
+        page = visit(pages["report"], width)
+        cards = [card.bounding_box() for card in page.locator(".beside article").all()]
+        assert len(cards) == 12
+        assert len({card["y"] for card in cards}) == 1
+        assert min(card["width"] for card in cards) >= 290
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_the_page_is_dark_where_the_reader_is(visit, pages):
