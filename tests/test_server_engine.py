@@ -261,14 +261,20 @@ def test_closing_a_stream_stops_the_computation(tiny, prompts):
 
 def test_an_abandoned_batch_stops_the_computation(tiny, prompts):
     tokenizer = tiny[1]
+    begun = threading.Semaphore(0)
 
     def leave(*_):
+        assert all(begun.acquire(timeout=30) for _ in prompts[1:])
         raise KeyboardInterrupt
 
     class Uneven(ScriptedTokens):
         def stream(self, prompt, params, seed):
-            whole = super().stream(prompt, params, seed)
-            return iter([StreamedToken(5, 0.0, "stop")]) if prompt == prompts[0] else whole
+            if prompt == prompts[0]:
+                yield StreamedToken(5, 0.0, "stop")
+                return
+            if prompt in prompts:  # not what the engine asks to get to know the server
+                begun.release()
+            yield from super().stream(prompt, params, seed)
 
     with serving(Uneven(tokenizer, "on " * 2000, 0.002), tokenizer) as server:
         engine = connect(server)
