@@ -22,6 +22,12 @@ ALGOS := ppo grpo dr_grpo dapo gspo grpo_lead rloo cispo
 DEMO := outputs/demo-seed$(SEED)
 PIPELINE := outputs/pipeline-seed$(SEED)
 
+# On a Mac, what PyTorch's MPS lacks is computed on the processor; and the built-in model whole, being faster there.
+export PYTORCH_ENABLE_MPS_FALLBACK := 1
+ifeq ($(shell uname),Darwin)
+demo pipeline clean-baseline: export ACCELERATE_USE_CPU := 1
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline clean-baseline test unit soak lint format sft $(ALGOS) evaluate chat terminal vllm-server
 

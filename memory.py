@@ -14,13 +14,20 @@ def free_memory(device: torch.device) -> int:
     """Bytes that nothing uses on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    if device.type == "mps":
+        # An Apple GPU has the machine's memory, and a process a part of it.
+        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return max(0, min(free, left))
+    return free
 
 
 def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held so far: on a GPU there, elsewhere in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # what was ever needed stays with it, for the next time
     if sys.platform == "linux":
         # Not getrusage: a program that a large one starts would be told its parent's peak there.
         status = Path("/proc/self/status").read_text()

@@ -394,7 +394,7 @@ def require_gpus() -> None:
 
 def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accelerator:
     """Accelerate as the machine allows: bfloat16 autocast on a GPU that has it, float16 with a scaler on one
-    that has not, float32 on a processor, which is where it runs on a Mac.
+    that has not, float32 on an Apple GPU (MPS) and on a processor. ACCELERATE_USE_CPU=1 keeps to the latter.
 
     Args:
         tracker: "none", or a tracker that Accelerate knows.
@@ -409,12 +409,9 @@ def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accele
         raise ValueError(
             f"tracker {tracker!r} is not installed; pip install {tracker}, or give --tracker none"
         )
-    # Sampling makes do without the float64 that Apple's GPUs have not; an update was never run on one.
-    use_cpu = torch.backends.mps.is_available()
     precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
     plan = read_plan(compute_dtype())
     accelerator = Accelerator(
-        cpu=use_cpu,
         mixed_precision=precision[compute_dtype()],
         log_with=None if tracker == "none" else tracker,
         project_dir=folder,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -41,7 +41,7 @@ def make_optimizer(
         critic_learning_rate: of everything in `policy.critic`, by AdamW; needed where there is one.
 
     Raises:
-        ValueError: 8 bits without bitsandbytes, or "paged" without a GPU.
+        ValueError: 8 bits without bitsandbytes or on an Apple GPU, or "paged" without a GPU.
     """
     named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
     critic = [(name, p) for name, p in named if name.startswith("critic.")]
@@ -75,6 +75,8 @@ def _eight_bit(name: str) -> type[Optimizer]:
         raise ValueError(
             f"optimizer {name} needs bitsandbytes, which is not installed; give --optimizer adamw"
         )
+    if PartialState().device.type == "mps":
+        raise ValueError(f"optimizer {name} does not run on an Apple GPU; give --optimizer adamw")
     if name.startswith("paged") and not torch.cuda.is_available():
         raise ValueError(f"optimizer {name} needs a GPU to page from; give --optimizer adamw_8bit")
     import bitsandbytes  # seconds, for those who need it

@@ -182,14 +182,19 @@ def environment(model: Any = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in packages},
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
+        "device": _device_name(model),
         "attention": model.config._attn_implementation if hasattr(model, "config") else None,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "command": sys.argv,
     }
+
+
+def _device_name(model: Any) -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    processor = platform.processor() or "cpu"
+    return f"{processor}, mps" if getattr(model, "device", None) == torch.device("mps", 0) else processor
 
 
 def _commit() -> str | None:
