@@ -8,21 +8,20 @@
 Torch or mlx-lm is imported only when a model is loaded, and neither where a server has it.
 """
 
-import json
-import os
 import re
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import prompts
-from data import Problem, read_problems
-from inference import Completion, Engine, SamplingParams
+from data import read_problems
+from inference import Engine, SamplingParams
+from inference.answer_file import answer_file
 from inference.formats import reads_with_mlx
 from inference.reading import CompletionReader, Reading
 from inference.search import Query, budget_stream
@@ -455,89 +454,6 @@ def read_line(out: TextIO) -> str | None:
         return ""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A file of questions
-
-
-def answer_file(
-    model: ChatModel, config: ChatConfig, problems: Sequence[Problem], params: SamplingParams
-) -> None:
-    """Add the answers that `config.output` does not have yet, a line each, in the order of `problems`.
-
-    Raises:
-        UserError: a question that does not fit into the context, or an output that holds other answers.
-    """
-    from tqdm import tqdm
-
-    texts = [prompts.render_prompt(model.tokenizer, problem.question) for problem in problems]
-    prompt_ids = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    for number, token_ids in enumerate(prompt_ids, start=1):
-        try:
-            params = model.fitted(params, len(token_ids))
-        except TooLongError as error:
-            raise UserError(f"question {number} of {config.input} does not fit: {error}") from error
-    first = written = count_answers(Path(config.output), problems, model.name)
-    waiting: dict[int, Completion] = {}
-
-    def take(prompt: int, _: int, completion: Completion) -> None:
-        nonlocal written
-        waiting[first + prompt] = completion
-        while written in waiting:
-            row = answer_row(model, problems[written], texts[written], waiting.pop(written))
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            written += 1
-        bar.update()
-
-    with (
-        Path(config.output).open("a", encoding="utf-8") as file,
-        tqdm(total=len(problems), initial=first, unit="answer", dynamic_ncols=True) as bar,
-    ):
-        model.engine.generate(prompt_ids[first:], 1, params, (config.seed,), first, take)
-
-
-def answer_row(model: ChatModel, problem: Problem, prompt: str, completion: Completion) -> dict[str, Any]:
-    """A line of the output: `data.load_problems` reads it where the question came with its gold."""
-    text = prompts.completion_prefix(prompt)
-    text += model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-    parsed = prompts.parse_completion(text)
-    return {
-        "question": problem.question,
-        **({"gold": problem.gold} if problem.gold else {}),
-        "model": model.name,
-        "thought": parsed.thought,
-        "answer": parsed.answer_text.strip() if parsed.answer is None else parsed.answer,
-        "completion": text,
-        "tokens": len(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-    }
-
-
-def count_answers(output: Path, problems: Sequence[Problem], model_name: str) -> int:
-    """How many answers an output has from before; a last line that was not finished is taken off it.
-
-    Raises:
-        UserError: its lines are no answers of this model to these problems.
-    """
-    if not output.exists():
-        return 0
-    whole = output.read_bytes().rpartition(b"\n")
-    lines = whole[0].splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            is_ours = (row["question"], row["model"]) == (problems[number - 1].question, model_name)
-        except (ValueError, LookupError, TypeError):
-            is_ours = False
-        if not is_ours:
-            raise UserError(
-                f"{output}:{number} is no answer of {model_name} to that question of the input; "
-                "give another output"
-            )
-    os.truncate(output, len(whole[0]) + len(whole[1]))
-    return len(lines)
-
-
 def main(config: ChatConfig) -> None:
     """Load the model, then answer what was asked, or chat."""
     params = SamplingParams(
@@ -548,7 +464,8 @@ def main(config: ChatConfig) -> None:
         served = (config.engine_url, config.served_model)
         model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code, *served)
     if config.input:
-        answer_file(model, config, problems, params)
+        sampling = asdict(params) | {"seed": config.seed, "system_prompt": config.system_prompt}
+        answer_file(model, problems, params, sampling, Path(config.output))
     elif config.demo:
         for question in examples(model):
             print(f"> {question}")

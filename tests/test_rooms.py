@@ -82,6 +82,7 @@ ROOMS = {
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
     "inference.search": ["inference", "inference.reading", "prompts"],
+    "inference.answer_file": ["data", "inference", "inference.chat", "prompts", "runs.config"],
     "inference.chat": ["data", "inference.*", "models", "prompts", "runs.config", "tokenizer"],
     "inference.convert_mlx": [
         *["inference", "inference.formats", "inference.mlx_engine", "prompts", "runs.config", "tokenizer"],
