@@ -89,6 +89,13 @@ class NextToken(NamedTuple):
     stops: bool
 
 
+def row_keys(seed: Sequence[int], prompts: int, n: int = 1, first_prompt: int = 0) -> list[tuple[int, ...]]:
+    """What the random numbers of each completion are keyed by, (*seed, prompt, sample), in prompt order; see
+    `Engine.generate`.
+    """
+    return [(*seed, first_prompt + prompt, sample) for prompt in range(prompts) for sample in range(n)]
+
+
 class Engine(Protocol):
     """Tokens in, tokens out. An engine knows nothing of rewards, data or losses."""
 
@@ -123,6 +130,14 @@ class Engine(Protocol):
         self, prompt: Sequence[int], params: SamplingParams, seed: Sequence[int]
     ) -> Iterator[StreamedToken]:
         """Sample one completion token by token; closing the iterator stops the computation."""
+        ...
+
+    def stream_group(
+        self, prompt: Sequence[int], n: int, params: SamplingParams, seed: Sequence[int]
+    ) -> Iterator[list[tuple[int, StreamedToken]]]:
+        """Sample the `n` completions that `generate` gives of a prompt, a step at a time: (sample, token) of
+        those that have grown by it. Closing the iterator stops the computation of all.
+        """
         ...
 
 

@@ -13,14 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import prompts
 from data import read_problems
-from inference import Engine, SamplingParams
+from inference import Engine, SamplingParams, StreamedToken
 from inference.answer_file import answer_file
 from inference.formats import reads_with_mlx
 from inference.reading import CompletionReader, Reading
@@ -129,13 +129,31 @@ class ChatModel:
         step: AbstractContextManager = nullcontext(),  # noqa: B008 - stateless, so one for all calls is fine
         thinking_tokens: int | None = None,
     ) -> Iterator[Reading]:
-        """Answer the last of `turns`, a reading at a time; closing the iterator stops the computation.
+        """Answer the last of `turns` once; see `stream_votes`."""
+        with closing(self.stream_votes(turns, 1, params, seed, step, thinking_tokens)) as steps:
+            for [reading] in steps:
+                yield reading
+
+    def stream_votes(
+        self,
+        turns: Sequence[Turn],
+        votes: int,
+        params: SamplingParams,
+        seed: Sequence[int],
+        step: AbstractContextManager = nullcontext(),  # noqa: B008 - as above
+        thinking_tokens: int | None = None,
+    ) -> Iterator[list[Reading]]:
+        """Answer the last of `turns` so many times side by side, readings of all at a time.
+
+        Closing the iterator stops the computation.
 
         Args:
             turns: the conversation; the last one is asked.
+            votes: answers.
             params: `max_completion_tokens` is lowered to what the context has room for.
-            seed: same seed, same answer.
-            step: entered around the computation of every token, so that several streams can share one engine.
+            seed: same seed, same answers.
+            step: entered around the computation of a token of each answer, so that several streams can share
+                one engine.
             thinking_tokens: a thought of so many is closed; None for any number.
 
         Raises:
@@ -148,24 +166,27 @@ class ChatModel:
         prompt = prompts.render_prompt(self.tokenizer, messages)
         prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
         params = self.fitted(params, len(prompt_ids))
-        reader = CompletionReader(self.tokenizer, prompts.completion_prefix(prompt))
-        shown_at = -1.0
-        if thinking_tokens is None:
-            stream = self.engine.stream(prompt_ids, params, seed)
+        readers = [CompletionReader(self.tokenizer, prompts.completion_prefix(prompt)) for _ in range(votes)]
+        growing, shown_at = votes, -1.0
+        if thinking_tokens is not None:
+            query = Query(self.engine, self.tokenizer, messages, params)
+            seeds = [(*seed, vote) if vote else seed for vote in range(votes)]
+            stream = _side_by_side([budget_stream(replace(query, seed=s), thinking_tokens) for s in seeds])
+        elif votes == 1:
+            stream = _side_by_side([self.engine.stream(prompt_ids, params, seed)])
         else:
-            query = Query(self.engine, self.tokenizer, messages, params, seed)
-            stream = budget_stream(query, thinking_tokens)
-        with closing(stream) as tokens:
-            while True:
+            stream = self.engine.stream_group(prompt_ids, votes, params, seed)
+        with closing(stream) as steps:
+            while growing:
                 with step:
-                    token = next(tokens)
-                reader.push(token.token_id)
-                if token.finish_reason:
-                    reader.finish(token.finish_reason)
-                    yield reader.reading()
-                    return
-                if time.monotonic() - shown_at >= 1 / READINGS_PER_SECOND:
-                    yield reader.reading()
+                    grown = next(steps)
+                for vote, token in grown:
+                    readers[vote].push(token.token_id)
+                    if token.finish_reason:
+                        readers[vote].finish(token.finish_reason)
+                        growing -= 1
+                if not growing or time.monotonic() - shown_at >= 1 / READINGS_PER_SECOND:
+                    yield [reader.reading() for reader in readers]
                     shown_at = time.monotonic()
 
     def fitted(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
@@ -183,6 +204,20 @@ class ChatModel:
                 f"{self.context_tokens}: clear the chat or ask something shorter"
             )
         return replace(params, max_completion_tokens=min(params.max_completion_tokens, room))
+
+
+def _side_by_side(streams: Sequence[Iterator[StreamedToken]]) -> Iterator[list[tuple[int, StreamedToken]]]:
+    """Streams as `Engine.stream_group` has them, where each is computed on its own."""
+    growing = dict(enumerate(streams))
+    with ExitStack() as closes:
+        for stream in streams:
+            closes.enter_context(closing(stream))
+        while growing:
+            grown = [(number, next(stream)) for number, stream in growing.items()]
+            yield grown
+            for number, token in grown:
+                if token.finish_reason:
+                    del growing[number]
 
 
 def load_chat_model(

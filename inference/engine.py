@@ -8,14 +8,14 @@ always the policy that learns.
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from inference import Completion, NextToken, SamplingParams, StreamedToken
+from inference import Completion, NextToken, SamplingParams, StreamedToken, row_keys
 from inference.decoders import check_window, make_decoder
 from inference.sampling import WITHOUT_FLOAT64, choose, self_certainty, warp
 from memory import free_memory, is_out_of_memory, release_memory
@@ -171,15 +171,14 @@ class TorchEngine:
             ValueError: not even one completion fits in the cache.
         """
         results: list[list[Completion | None]] = [[None] * n for _ in prompts]
-        keys = [
-            (*seed, first_prompt + prompt, sample) for prompt in range(len(prompts)) for sample in range(n)
-        ]
+        keys = row_keys(seed, len(prompts), n, first_prompt)
         rows = list(range(len(keys)))
         while rows:
             ran_out = False
             try:
                 with _evaluating(self.model), _merged(self._layers_to_merge()):
-                    for row, completion in self._decode(prompts, n, params, keys, rows):
+                    steps = self._decode(prompts, n, params, keys, rows)
+                    for row, completion in (ended for step in steps for ended in step.ended()):
                         results[row // n][row % n] = completion
                         if on_completion:
                             on_completion(row // n, row % n, completion)
@@ -201,19 +200,16 @@ class TorchEngine:
         self, prompt: Sequence[int], params: SamplingParams, seed: Sequence[int]
     ) -> Iterator[StreamedToken]:
         """Sample one completion token by token; nothing is computed after the iterator is closed."""
-        uniforms = torch.from_numpy(row_uniforms((*seed, 0, 0), params.max_completion_tokens))
+        for [(_, token)] in self.stream_group(prompt, 1, params, seed):
+            yield token
+
+    def stream_group(
+        self, prompt: Sequence[int], n: int, params: SamplingParams, seed: Sequence[int]
+    ) -> Iterator[list[tuple[int, StreamedToken]]]:
+        """Sample completions of a prompt side by side; see `inference.Engine.stream_group`."""
         with _evaluating(self.model):
-            decoder, _ = self._make_decoder([prompt], 1, params.max_completion_tokens)
-            logits = decoder.admit([prompt], [1])
-            for step in range(params.max_completion_tokens):
-                token, logprob = choose(logits, params, uniforms[step : step + 1])
-                stopped = bool(torch.isin(token, self.stop_token_ids))
-                is_last = step + 1 == params.max_completion_tokens
-                reason = "stop" if stopped else "length" if is_last else None
-                yield StreamedToken(int(token), float(logprob), reason)
-                if reason:
-                    return
-                logits = decoder.advance(token)
+            for step in self._decode([prompt], n, params, row_keys(seed, 1, n), list(range(n))):
+                yield step.tokens()
 
     def branch(
         self, prompt: Sequence[int], rows: int, limit: int
@@ -266,10 +262,10 @@ class TorchEngine:
         params: SamplingParams,
         keys: list[tuple[int, ...]],
         todo: list[int],
-    ) -> Iterator[tuple[int, Completion]]:
-        """Yield (row, completion) of the rows `todo` as they finish; they begin in that order.
+    ) -> Iterator["Step"]:
+        """Sample the rows `todo`, which begin in that order, a token each a step.
 
-        A row is prompt x n + sample.
+        A row is prompt x n + sample. Nothing is computed after the iterator is closed.
         """
         limit, device = params.max_completion_tokens, self.model.device
         decoder, slots = self._make_decoder(prompts, n, limit)
@@ -289,12 +285,46 @@ class TorchEngine:
             seats.write(token, logprob, logits)
             stopped = torch.isin(token, self.stop_token_ids)
             done = stopped | (seats.counts == limit)
-            if done.any():
-                yield from seats.completions(done, stopped)
+            some_end = bool(done.any())
+            yield Step(seats, token, logprob, done, stopped, some_end)
+            if some_end:
                 order = decoder.leave(done)
-                seats.keep(order)
+                seats.keep(order, done)
                 token = token[order]
             logits = decoder.advance(token) if decoder.live else None
+
+
+class Step(NamedTuple):
+    """One more token for every live row; to be read before the next.
+
+    Attributes:
+        seats: of the rows.
+        token: `[live]` that each was given.
+        logprob: `[live]` of these.
+        done: `[live]`, True where it was the last.
+        stopped: `[live]`, True where it was an EOS.
+        some_end: whether any is done.
+    """
+
+    seats: "Seats"
+    token: Tensor
+    logprob: Tensor
+    done: Tensor
+    stopped: Tensor
+    some_end: bool
+
+    def ended(self) -> Iterator[tuple[int, Completion]]:
+        """(row, completion) of the rows that are done."""
+        return self.seats.completions(self.done, self.stopped) if self.some_end else iter(())
+
+    def tokens(self) -> list[tuple[int, StreamedToken]]:
+        """(row, token) of all."""
+        columns = (self.token, self.logprob, self.done, self.stopped)
+        rows = zip(self.seats.numbers, *(column.tolist() for column in columns), strict=True)
+        return [
+            (row, StreamedToken(token, logprob, "stop" if stopped else "length" if done else None))
+            for row, token, logprob, done, stopped in rows
+        ]
 
 
 class Seats:
@@ -345,17 +375,17 @@ class Seats:
         self.counts = self.counts + 1
 
     def completions(self, done: Tensor, stopped: Tensor) -> Iterator[tuple[int, Completion]]:
-        """The rows that are done, as (number, completion), and their seats free."""
+        """The rows that are done, as (number, completion)."""
         for place in done.nonzero().squeeze(-1).tolist():
             seat, count = int(self.seats[place]), int(self.counts[place])
             ids, logprobs = self.tokens[seat, :count].tolist(), self.logprobs[seat, :count].tolist()
             reason = "stop" if stopped[place] else "length"
             certainty = float(self.certainties[seat]) / count if self.measures else None
-            self.free.append(seat)
             yield self.numbers[place], Completion(ids, logprobs, reason, certainty)
 
-    def keep(self, order: Tensor) -> None:
-        """Follow the decoder, whose row `i` was `order[i]`."""
+    def keep(self, order: Tensor, done: Tensor) -> None:
+        """Follow the decoder, whose row `i` was `order[i]`; the seats of those that are done are free."""
+        self.free.extend(self.seats[done].tolist())
         self.numbers = [self.numbers[place] for place in order.tolist()]
         self.seats, self.counts = self.seats[order], self.counts[order]
 

@@ -23,11 +23,10 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from inference import Completion, FinishReason, NextToken, SamplingParams, StreamedToken
+from inference import Completion, FinishReason, NextToken, SamplingParams, StreamedToken, row_keys
 from inference.formats import require_whole
 
 Result = TypeVar("Result")
-Finished = list[tuple[int, Completion]]
 
 
 def load_engine(name: str, tokenizer: Any) -> tuple["MLXEngine", dict[str, Any]]:
@@ -88,13 +87,11 @@ class MLXEngine:
         Raises:
             ValueError: a prompt does not fit into the window.
         """
-        keys = [
-            (*seed, first_prompt + prompt, sample) for prompt in range(len(prompts)) for sample in range(n)
-        ]
+        keys = row_keys(seed, len(prompts), n, first_prompt)
         results: list[list[Any]] = [[None] * n for _ in prompts]
-        with closing(_in_turn(self._decode(prompts, n, params, keys))) as steps:
-            for finished in steps:
-                for row, completion in finished:
+        with closing(_in_turn(self._completions(prompts, n, params, keys))) as steps:
+            for ended in steps:
+                for row, completion in ended:
                     results[row // n][row % n] = completion
                     if on_completion:
                         on_completion(row // n, row % n, completion)
@@ -105,6 +102,14 @@ class MLXEngine:
     ) -> Iterator[StreamedToken]:
         """Sample one completion token by token; nothing is asked for after the iterator is closed."""
         return _in_turn(self._tokens(prompt, params, (*seed, 0, 0)))
+
+    def stream_group(
+        self, prompt: Sequence[int], n: int, params: SamplingParams, seed: Sequence[int]
+    ) -> Iterator[list[tuple[int, StreamedToken]]]:
+        """Sample completions of a prompt side by side; see `inference.Engine.stream_group`. Beyond a window
+        they come one after another.
+        """
+        return _in_turn(self._group_tokens(prompt, n, params, row_keys(seed, 1, n)))
 
     def branch(
         self, prompt: Sequence[int], rows: int, limit: int
@@ -146,22 +151,33 @@ class MLXEngine:
     def _tokens(
         self, prompt: Sequence[int], params: SamplingParams, key: tuple[int, ...]
     ) -> Iterator[StreamedToken]:
-        yield from self._tokens_of(RowSampler(params, key), prompt, params)
+        for row in self._grow_alone(Row(0, params, key), prompt, params):
+            yield row.newest()
 
-    def _tokens_of(
-        self, sampler: "RowSampler", prompt: Sequence[int], params: SamplingParams
-    ) -> Iterator[StreamedToken]:
+    def _group_tokens(
+        self, prompt: Sequence[int], n: int, params: SamplingParams, keys: list[tuple[int, ...]]
+    ) -> Iterator[list[tuple[int, StreamedToken]]]:
+        for grown in self._decode([prompt], n, params, keys):
+            yield [(row.number, row.newest()) for row in grown]
+
+    def _completions(
+        self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, keys: list[tuple[int, ...]]
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        for grown in self._decode(prompts, n, params, keys):
+            yield [(row.number, row.completion()) for row in grown if row.finish_reason]
+
+    def _grow_alone(self, row: "Row", prompt: Sequence[int], params: SamplingParams) -> Iterator["Row"]:
+        """Yield a row with every token that it gets."""
         limit = params.max_completion_tokens
         cache = self._make_cache(len(prompt), limit)
         steps = generate_step(
-            mx.array(prompt), self.model, max_tokens=limit, sampler=sampler, prompt_cache=cache
+            mx.array(prompt), self.model, max_tokens=limit, sampler=row.sampler, prompt_cache=cache
         )
         with closing(steps):
             for count, (token, _) in enumerate(steps, start=1):
-                reason = self._finish_reason(token, count, limit)
-                mx.eval(sampler.noted(count - 1))
-                yield StreamedToken(token, sampler.logprobs[count - 1].item(), reason)
-                if reason:
+                mx.eval(row.take(token, self._finish_reason(token, count, limit)))
+                yield row
+                if row.finish_reason:
                     return
 
     def _finish_reason(self, token: int, count: int, limit: int) -> FinishReason | None:
@@ -186,53 +202,67 @@ class MLXEngine:
 
     def _decode(
         self, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, keys: list[tuple[int, ...]]
-    ) -> Iterator[Finished]:
-        """Yield, a step at a time, the rows that have finished, as (prompt x n + sample, completion)."""
+    ) -> Iterator[list["Row"]]:
+        """Yield, a step at a time, the rows that have grown; a row's number is prompt x n + sample."""
         limit = params.max_completion_tokens
-        alone = [row for row in range(len(keys)) if self._outgrows(len(prompts[row // n]), limit)]
-        together = sorted(set(range(len(keys))) - set(alone))
+        rows = [Row(number, params, key) for number, key in enumerate(keys)]
+        alone = [row for row in rows if self._outgrows(len(prompts[row.number // n]), limit)]
+        together = [row for row in rows if row not in alone]
         if together:
-            yield from self._decode_together(together, [prompts[row // n] for row in together], params, keys)
+            yield from self._grow_together(together, [prompts[row.number // n] for row in together], limit)
         for row in alone:  # mlx-lm's batches know no sinks
-            ids, logprobs = [], []
-            sampler = RowSampler(params, keys[row])
-            for token in self._tokens_of(sampler, prompts[row // n], params):
-                ids.append(token.token_id)
-                logprobs.append(token.logprob)
-                if token.finish_reason:
-                    certainty = sampler.certainty(len(ids))
-                    yield [(row, Completion(ids, logprobs, token.finish_reason, certainty))]
-                else:
-                    yield []
+            yield from ([row] for row in self._grow_alone(row, prompts[row.number // n], params))
 
-    def _decode_together(
-        self,
-        rows: list[int],
-        prompts: list[Sequence[int]],
-        params: SamplingParams,
-        keys: list[tuple[int, ...]],
-    ) -> Iterator[Finished]:
+    def _grow_together(
+        self, rows: list["Row"], prompts: list[Sequence[int]], limit: int
+    ) -> Iterator[list["Row"]]:
         generator = BatchGenerator(self.model, stop_tokens=[[token] for token in self.stop_token_ids])
         with closing(generator):
-            samplers = [RowSampler(params, keys[row]) for row in rows]
-            limits = [params.max_completion_tokens] * len(rows)
-            uids = generator.insert([list(prompt) for prompt in prompts], limits, samplers=samplers)
-            live = {uid: ([], row, sampler) for uid, row, sampler in zip(uids, rows, samplers, strict=True)}
-            while live:
+            samplers = [row.sampler for row in rows]
+            uids = generator.insert(
+                [list(prompt) for prompt in prompts], [limit] * len(rows), samplers=samplers
+            )
+            row_of = dict(zip(uids, rows, strict=True))
+            waiting = len(rows)
+            while waiting:
                 responses = generator.next_generated()
                 # What is computed lets go of the logits that it came from.
-                mx.eval([live[r.uid][2].noted(len(live[r.uid][0])) for r in responses])
-                finished = []
-                for response in responses:
-                    ids, row, sampler = live[response.uid]
-                    ids.append(response.token)
-                    if response.finish_reason:
-                        del live[response.uid]
-                        logprobs = [logprob.item() for logprob in sampler.logprobs[: len(ids)]]
-                        certainty = sampler.certainty(len(ids))
-                        completion = Completion(ids, logprobs, response.finish_reason, certainty)
-                        finished.append((row, completion))
-                yield finished
+                mx.eval([row_of[r.uid].take(r.token, r.finish_reason) for r in responses])
+                waiting -= sum(response.finish_reason is not None for response in responses)
+                yield [row_of[response.uid] for response in responses]
+
+
+class Row:
+    """A completion as it grows.
+
+    Attributes:
+        number: of the completion.
+        sampler: chooses its tokens.
+        finish_reason: None until its last.
+    """
+
+    def __init__(self, number: int, params: SamplingParams, key: tuple[int, ...]) -> None:
+        """Begin it; see `RowSampler`."""
+        self.number, self.sampler = number, RowSampler(params, key)
+        self.finish_reason: FinishReason | None = None
+        self._ids: list[int] = []
+
+    def take(self, token: int, finish_reason: FinishReason | None) -> list[mx.array]:
+        """Take its next token in; returns what is kept of it, to be computed."""
+        self._ids.append(token)
+        self.finish_reason = finish_reason
+        return self.sampler.noted(len(self._ids) - 1)
+
+    def newest(self) -> StreamedToken:
+        """Its newest token."""
+        place = len(self._ids) - 1
+        return StreamedToken(self._ids[place], self.sampler.logprobs[place].item(), self.finish_reason)
+
+    def completion(self) -> Completion:
+        """All of it."""
+        count = len(self._ids)
+        logprobs = [logprob.item() for logprob in self.sampler.logprobs[:count]]
+        return Completion(self._ids, logprobs, self.finish_reason, self.sampler.certainty(count))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from inference import Completion, FinishReason, SamplingParams, StreamedToken
+from inference import Completion, FinishReason, SamplingParams, StreamedToken, row_keys
 from inference.http import RefusedError, get_json, post_json, read_key, stream_json
 from prompts import THINK_CLOSE, THINK_OPEN, completion_prefix, encode_prompt
 
@@ -108,13 +109,12 @@ class ServerEngine:
         abandoned = threading.Event()
         pool = ThreadPoolExecutor(PARALLEL)
         try:
-            places = {}
-            for prompt, sample in itertools.product(range(len(prompts)), range(n)):
-                key = (*seed, first_prompt + prompt, sample)
-                future = pool.submit(self._complete, prompts[prompt], params, key, abandoned)
-                places[future] = prompt, sample
-            for future in as_completed(places):
-                prompt, sample = places[future]
+            rows = {
+                pool.submit(self._complete, prompts[row // n], params, key, abandoned): row
+                for row, key in enumerate(row_keys(seed, len(prompts), n, first_prompt))
+            }
+            for future in as_completed(rows):
+                prompt, sample = divmod(rows[future], n)
                 results[prompt][sample] = future.result()
                 if on_completion:
                     on_completion(prompt, sample, future.result())
@@ -127,8 +127,49 @@ class ServerEngine:
         self, prompt: Sequence[int], params: SamplingParams, seed: Sequence[int]
     ) -> Iterator[StreamedToken]:
         """Sample one completion token by token; closing the iterator closes the connection."""
+        return self._tokens(prompt, params, (*seed, 0, 0))
+
+    def stream_group(
+        self, prompt: Sequence[int], n: int, params: SamplingParams, seed: Sequence[int]
+    ) -> Iterator[list[tuple[int, StreamedToken]]]:
+        """Sample completions of a prompt side by side, a request each; see `inference.Engine.stream_group`.
+
+        Raises:
+            ConnectionError: see `generate`.
+        """
+        arrived: SimpleQueue[tuple[int, StreamedToken | Exception]] = SimpleQueue()
+        abandoned = threading.Event()
+
+        def ask(sample: int, key: tuple[int, ...]) -> None:
+            try:
+                with closing(self._tokens(prompt, params, key)) as tokens:
+                    for token in tokens:
+                        if abandoned.is_set():
+                            return
+                        arrived.put((sample, token))
+            except Exception as error:  # noqa: BLE001 - raised where the tokens are asked for
+                arrived.put((sample, error))
+
+        pool = ThreadPoolExecutor(PARALLEL)
+        try:
+            for sample, key in enumerate(row_keys(seed, 1, n)):
+                pool.submit(ask, sample, key)
+            growing = n
+            while growing:
+                sample, token = arrived.get()
+                if isinstance(token, Exception):
+                    raise token
+                growing -= token.finish_reason is not None
+                yield [(sample, token)]
+        finally:
+            abandoned.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _tokens(
+        self, prompt: Sequence[int], params: SamplingParams, key: tuple[int, ...]
+    ) -> Iterator[StreamedToken]:
         held = None  # until it is known whether another one follows
-        with closing(self._pieces(prompt, params, (*seed, 0, 0), is_streamed=True)) as pieces:
+        with closing(self._pieces(prompt, params, key, is_streamed=True)) as pieces:
             for piece in pieces:
                 for token_id in self._tokens_of(piece):
                     if held is not None:
@@ -166,12 +207,12 @@ class ServerEngine:
         name = next((name for name in wanted if name in served), None)
         if name is None and len(served) == 1 and not served_model:
             (name,) = served
-        if name is None and served_model and not served:  # some list nothing
-            name = served_model
+        if name is None and not served:  # some list nothing; whether this is there, a request will tell
+            name = wanted[0]
         if name is None:
             raise ValueError(
                 f"served_model: {self.url} does not serve {wanted[0]!r}, but "
-                f"{', '.join(map(repr, served)) or 'lists no model'}; name the one to ask with --served_model"
+                f"{', '.join(map(repr, served))}; name the one to ask with --served_model"
             )
         return name, served.get(name, {}).get("max_model_len")
 

@@ -16,7 +16,7 @@ from inference.reading import CompletionReader, Reading
 from inference.search import group_answers
 from page import feedback
 from page.checking import check
-from page.settings import chatbot
+from page.settings import chatbot, question_box
 from page.shelf import Shelf
 from rewards.verify import final_answer, same_answers
 
@@ -123,7 +123,7 @@ class Conversation:
 
     turns: list[Turn] = field(default_factory=list)
     attempt: int = 0
-    answering: bool = False  # also between two votes, each of which is whole
+    answering: bool = False  # also where the vote that is seen is whole, and others are not
 
     @property
     def is_answering(self) -> bool:
@@ -154,6 +154,12 @@ def told(turn: Turn) -> str:
     is_right = check(turn.question, turn.reading.text) if turn.reading.finish_reason == "stop" else None
     verdict = {True: " · checked: right", False: " · checked: wrong", None: ""}[is_right]
     return describe(turn.reading) + verdict
+
+
+def counted(votes: Sequence[Reading]) -> str:
+    """How far the votes are that grow side by side."""
+    are_in = sum(vote.finish_reason is not None for vote in votes)
+    return f"{are_in} of {len(votes)} votes are in · {sum(vote.tokens for vote in votes)} tokens"
 
 
 def refusal(message: str) -> gr.Error:
@@ -254,27 +260,28 @@ class ChatPage:
         budget: int = 0,
         votes: int = 1,
     ):
-        """The last question is answered, a reading at a time; answers that vote, one after another."""
+        """The last question is answered, a reading at a time; answers that vote, all side by side."""
         params = SamplingParams(int(max_completion_tokens), temperature, top_p=top_p)
-        turns, key = conversation.turns, (int(seed or 0), conversation.attempt)
+        turns, key, votes = conversation.turns, (int(seed or 0), conversation.attempt), int(votes)
         cast: list[Reading] = []
         conversation.answering = True
         try:
             if votes > 1 and temperature == 0:
                 raise refusal("At temperature 0 all votes would be the same; the settings can raise it.")
             model = self.shelf.get(name)
-            for vote in range(int(votes)):
-                asked = (params, (*key, vote) if vote else key, int(budget or 0) or None)
-                for reading in self._readings(model, turns, *asked):
-                    turns[-1] = replace(turns[-1], reading=reading, model=name)
-                    which = f"vote {vote + 1} of {votes:.0f} · " if votes > 1 else ""
-                    yield self._messages(conversation), which + told(turns[-1])
-                cast.append(reading)
+            for cast in self._readings(model, turns, votes, params, key, int(budget or 0) or None):
+                # The first is seen as it grows; the others are heard when all are in.
+                turns[-1] = replace(turns[-1], reading=cast[0], model=name)
+                yield self._messages(conversation), told(turns[-1]) if votes == 1 else counted(cast)
             if votes > 1:
                 turns[-1] = elected(turns[-1], cast)
                 yield self._messages(conversation), told(turns[-1])
         except gr.Error:
             turns.pop()
+            raise
+        except GeneratorExit:  # stopped: the votes that are in count
+            if votes > 1 and (are_in := [vote for vote in cast if vote.finish_reason]):
+                turns[-1] = elected(turns[-1], are_in)
             raise
         finally:
             conversation.answering = False
@@ -303,7 +310,7 @@ class ChatPage:
             params = SamplingParams(int(limit), float(temperature), top_p=float(top_p))
         except ValueError as error:
             raise refusal(str(error)) from error
-        for reading in self._readings(self.shelf.first, conversation.turns, params, (int(seed), 0)):
+        for [reading] in self._readings(self.shelf.first, conversation.turns, 1, params, (int(seed), 0)):
             yield {
                 "thought": reading.thought,
                 "answer": reading.answer.strip(),
@@ -316,13 +323,15 @@ class ChatPage:
         self,
         model: ChatModel,
         turns: list[Turn],
+        votes: int,
         params: SamplingParams,
         seed: tuple,
         thinking_tokens: int | None = None,
-    ) -> Iterator[Reading]:
-        """The answer as it grows. Closing this closes the engine's stream: no other token is computed."""
+    ) -> Iterator[list[Reading]]:
+        """The answers as they grow. Closing this closes the engine's stream: no other token is computed."""
+        asked = (params, seed, self.engine_turn, thinking_tokens)
         try:
-            with closing(model.stream(turns, params, seed, self.engine_turn, thinking_tokens)) as readings:
+            with closing(model.stream_votes(turns, votes, *asked)) as readings:
                 yield from readings
         except (TooLongError, ConnectionError) as error:
             raise refusal(str(error)) from error
@@ -356,15 +365,7 @@ class ChatPage:
                 examples=[{"text": text} for text in examples(self.shelf.first)],
             )
             status = gr.Markdown(elem_id="status", container=False)
-            question = gr.Textbox(
-                show_label=False,
-                container=False,
-                elem_id="question",
-                placeholder="Ask a question",
-                submit_btn=True,
-                autofocus=True,
-                max_lines=8,
-            )
+            question = question_box("Ask a question", elem_id="question", autofocus=True, max_lines=8)
 
         shown = [bot, status, question]
         hidden = {"api_visibility": "private", "show_progress": "hidden"}

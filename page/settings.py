@@ -17,6 +17,12 @@ def chatbot(**more: Any) -> gr.Chatbot:
     return gr.Chatbot(buttons=["copy", "copy_all"], **look | more)
 
 
+def question_box(placeholder: str, **more: Any) -> gr.Textbox:
+    """Where a question is typed."""
+    look = {"show_label": False, "container": False, "submit_btn": True}
+    return gr.Textbox(placeholder=placeholder, **look, **more)
+
+
 def sidebar(config: Any) -> list[gr.components.Component]:
     """Temperature, top-p, the longest answer, the seed, the longest thought and the number of votes, where
     `config` has them begin.

@@ -92,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.is_let_in():
             return
         prompt = self.server.prompt_ids(body)
-        if prompt is None or body["model"] != self.server.models[0]:
+        if prompt is None or body["model"] != next(iter(self.server.models), "unlisted"):
             self.say(404, {"error": "text input must be of type `str`"})
         elif "messages" in body and self.server.manner != "mlx":
             self.say(404, {"error": "no such path"})

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 
 from inference import SamplingParams, StreamedToken
 from inference.chat import ChatModel
@@ -33,6 +34,7 @@ class ScriptedEngine:
     Attributes:
         prompts: the text of every prompt that was asked.
         computed: tokens computed so far, by the prompt's text.
+        tokens: computed so far for all prompts.
         closed: prompts whose stream was closed before its end.
         most_at_once: the most token steps that ran at the same time.
     """
@@ -43,6 +45,7 @@ class ScriptedEngine:
         self.prompts: list[str] = []
         self.seeds: list[tuple[int, ...]] = []
         self.computed: dict[str, int] = {}
+        self.tokens = 0
         self.closed: list[str] = []
         self.most_at_once = 0
         self._running = 0
@@ -57,6 +60,7 @@ class ScriptedEngine:
             for count, token_id in enumerate(token_ids[: params.max_completion_tokens], start=1):
                 self._compute()
                 self.computed[asked] = count
+                self.tokens += 1
                 is_end = token_id == ByteTokenizer.eos_token_id
                 is_cut = count == params.max_completion_tokens
                 yield StreamedToken(token_id, 0.0, "stop" if is_end else "length" if is_cut else None)
@@ -64,6 +68,18 @@ class ScriptedEngine:
             if not (is_end or is_cut):
                 self.closed.append(asked)
             raise
+
+    def stream_group(self, prompt, n, params: SamplingParams, seed):
+        streams = {sample: self.stream(prompt, params, (*seed, 0, sample)) for sample in range(n)}
+        with ExitStack() as closes:
+            for stream in streams.values():
+                closes.enter_context(closing(stream))
+            while streams:
+                grown = [(sample, next(stream)) for sample, stream in streams.items()]
+                yield grown
+                for sample, token in grown:
+                    if token.finish_reason:
+                        del streams[sample]
 
     def _compute(self) -> None:
         with self._lock:

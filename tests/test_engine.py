@@ -453,6 +453,30 @@ def test_a_stream_equals_the_batch(random_model, architecture):
             assert streamed[-1].finish_reason == expected.finish_reason
 
 
+@pytest.mark.parametrize("rows", [5, 2])
+def test_a_group_that_streams_side_by_side_equals_the_batch(model, forwards, rows):
+    [[text]] = TorchEngine(model, tokenizer()).generate(PROMPTS[:1], 1, WARM, (3,))
+    engine = TorchEngine(model, tokenizer(eos_token_id=text.token_ids[2]))
+    [expected] = engine.generate(PROMPTS[:1], 5, WARM, (3,))
+    assert len({len(completion.token_ids) for completion in expected}) > 1
+    engine.max_rows, streamed = rows, [[] for _ in expected]
+    forwards.clear()
+    for step in engine.stream_group(PROMPTS[0], 5, WARM, (3,)):
+        for sample, token in step:
+            streamed[sample].append(token)
+    assert max(shape[0] for shape in forwards[1:]) == rows  # together, not one after another
+    for tokens, completion in zip(streamed, expected, strict=True):
+        assert [token.token_id for token in tokens] == completion.token_ids
+        assert [token.logprob for token in tokens] == pytest.approx(completion.logprobs, abs=1e-9)
+        assert [token.finish_reason for token in tokens[:-1]] == [None] * (len(tokens) - 1)
+        assert tokens[-1].finish_reason == completion.finish_reason
+    stream = engine.stream_group(PROMPTS[0], 5, WARM, (3,))
+    assert len(next(stream)) == len(next(stream)) == rows
+    computed = len(forwards)
+    stream.close()
+    assert len(forwards) == computed
+
+
 def test_a_closed_stream_computes_nothing_more(model, forwards):
     stream = TorchEngine(model, tokenizer()).stream(PROMPTS[0], WARM, (3,))
     assert forwards == []

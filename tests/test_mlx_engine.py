@@ -16,6 +16,15 @@ import torch
 
 from inference import SamplingParams, sampling
 from inference.engine import TorchEngine
+from inference.search import (
+    Query,
+    beam_search,
+    best_of_n,
+    budget,
+    majority_vote,
+    self_certainty,
+    self_correct,
+)
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed (requirements-dev.txt)")
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402 - after the skip above
@@ -177,6 +186,33 @@ def test_closing_a_stream_stops_the_computation(model):
     assert counting.calls <= calls + 4
 
 
+@pytest.mark.parametrize("window", [None, 12])
+def test_a_group_that_streams_side_by_side_equals_the_batch(model, window):
+    counting = Counting(model)
+    engine = MLXEngine(counting, {2}, window)
+    [expected] = engine.generate(PROMPTS[:1], 4, WARM, (7,))
+    streamed, steps = [[] for _ in expected], 0
+    for step in engine.stream_group(PROMPTS[0], 4, WARM, (7,)):
+        steps += 1
+        for sample, token in step:
+            streamed[sample].append(token)
+    for tokens, completion in zip(streamed, expected, strict=True):
+        assert [token.token_id for token in tokens] == completion.token_ids
+        assert [token.logprob for token in tokens] == pytest.approx(completion.logprobs, abs=1e-4)
+        assert [token.finish_reason for token in tokens[:-1]] == [None] * (len(tokens) - 1)
+        assert tokens[-1].finish_reason == completion.finish_reason
+    if window is None:
+        assert steps < sum(map(len, streamed))  # together, not one after another
+    stream = engine.stream_group(PROMPTS[0], 4, WARM, (7,))
+    next(stream)
+    next(stream)
+    stream.close()
+    on_mlx_thread(lambda: None).result()
+    calls = counting.calls
+    assert list(itertools.islice(engine.stream(PROMPTS[1], GREEDY, (0,)), 1))
+    assert counting.calls <= calls + 4
+
+
 def test_streams_interleave_and_may_be_read_from_any_thread(engine):
     expected = [[t.token_id for t in engine.stream(prompt, WARM, (0,))] for prompt in PROMPTS]
     got = [[] for _ in PROMPTS]
@@ -212,6 +248,23 @@ def test_completions_are_told_as_they_end_and_a_listener_may_break_off(engine):
     with pytest.raises(KeyError):
         engine.generate(PROMPTS, 2, WARM, (0,), on_completion=refuse)
     assert engine.generate(PROMPTS, 2, WARM, (0,)) == groups
+
+
+def test_every_search_runs_over_mlx(engine, chat_tokenizer):
+    query = Query(engine, chat_tokenizer, "2 + 2 = ?", SamplingParams(8))
+    [sampled] = engine.generate([query.prompt_ids], 3, query.params, query.seed)
+    for found in (best_of_n(query, 3, self_certainty), majority_vote(query, 3)):
+        assert [candidate.token_ids for candidate in found.candidates] == [c.token_ids for c in sampled]
+    assert best_of_n(query, 3, self_certainty).score == max(
+        candidate.self_certainty for candidate in query.sample(3)
+    )
+    greedy = replace(query, params=SamplingParams(8, temperature=0.0))
+    [[likeliest]] = engine.generate([query.prompt_ids], 1, greedy.params, (0,))
+    assert beam_search(query, 1).best.token_ids == likeliest.token_ids
+    assert len(beam_search(query, 3).candidates) >= 3
+    assert self_correct(greedy).candidates[0].token_ids == likeliest.token_ids
+    closed = budget(replace(greedy, question="<think>"), thinking_tokens=0)
+    assert closed.tokens > 0
 
 
 def test_a_window_that_holds_the_whole_text_changes_nothing(engine, model):

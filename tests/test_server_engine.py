@@ -1,6 +1,7 @@
 """The engine behind a server, against a real one in a thread that computes with an engine of ours."""
 
 import copy
+import itertools
 import json
 import math
 import subprocess
@@ -259,6 +260,32 @@ def test_closing_a_stream_stops_the_computation(tiny, prompts):
         assert server.steps == steps < 500
 
 
+def test_a_group_that_streams_side_by_side_is_the_batch_and_stops_when_closed(tiny, prompts):
+    model, tokenizer = tiny
+    with serving(TorchEngine(model, tokenizer), tokenizer) as server:
+        engine = connect(server)
+        [expected] = engine.generate(prompts[:1], 4, WARM, (7,))
+        streamed = [[] for _ in expected]
+        for [(sample, token)] in engine.stream_group(prompts[0], 4, WARM, (7,)):
+            streamed[sample].append(token)
+    assert [[t.token_id for t in tokens] for tokens in streamed] == [c.token_ids for c in expected]
+    assert [tokens[-1].finish_reason for tokens in streamed] == [c.finish_reason for c in expected]
+    with serving(ScriptedTokens(tokenizer, "on " * 2000, 0.002), tokenizer) as server:
+        engine = connect(server)
+        stream = engine.stream_group(prompts[0], 3, SamplingParams(6000, 0.0), (0,))
+        with closing(stream):
+            seen = {sample for step in itertools.islice(stream, 30) for sample, _ in step}
+        assert len(seen) > 1
+        deadline = time.monotonic() + 10
+        while server.closed < 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert server.closed == 3
+    with serving(ScriptedTokens(tokenizer, "on and on"), tokenizer, break_off_after=3) as server:
+        stream = connect(server).stream_group(prompts[0], 2, GREEDY, (0,))
+        with pytest.raises(ConnectionError, match="broke off in the middle"):
+            list(stream)
+
+
 def test_an_abandoned_batch_stops_the_computation(tiny, prompts):
     tokenizer = tiny[1]
     begun = threading.Semaphore(0)
@@ -355,7 +382,6 @@ def test_a_key_is_sent_and_a_wrong_one_told_unseen(tiny, prompts, monkeypatch):
         (["b", "a"], "outputs/x", "b", "b"),
         (["a", "b"], "outputs/x", None, ValueError),
         (["a"], "a", "c", ValueError),
-        ([], "a", None, ValueError),
     ],
 )
 def test_the_model_is_found_among_those_that_are_served(
@@ -367,12 +393,21 @@ def test_the_model_is_found_among_those_that_are_served(
     tokenizer = tiny[1]
     with serving(ScriptedTokens(tokenizer, "x"), tokenizer, models=models) as server:
         if expected is ValueError:
-            named = ".*".join(map(repr, models)) or "lists no model"
+            named = ".*".join(map(repr, models))
             with pytest.raises(ValueError, match=f"served_model: {server.url} .*{named}.*--served_model"):
                 connect(server, model, served_model)
             return
         server.models = [expected.format(here=here), *models]  # it serves the one that is meant
         assert connect(server, model, served_model).served_model == server.models[0]
+
+
+def test_a_server_that_lists_nothing_is_asked_for_what_is_wanted(tiny):
+    """As mlx_lm.server does where nothing was ever downloaded."""
+    with serving(ScriptedTokens(tiny[1], "x"), tiny[1], models=[]) as server:
+        assert connect(server, "unlisted").served_model == "unlisted"
+        assert connect(server, "outputs/x", "unlisted").served_model == "unlisted"
+        with pytest.raises(http.RefusedError):
+            connect(server, "outputs/x")
 
 
 def test_a_server_with_another_tokenizer_is_refused(tiny, chat_tokenizer):
