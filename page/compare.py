@@ -1,4 +1,7 @@
-"""Models side by side: before and after training, on the same question and seed."""
+"""Models side by side, before and after training (base, SFT, GRPO).
+
+All are asked the same question with the same seed.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -9,12 +12,14 @@ from inference import SamplingParams
 from inference.chat import InTurn, TooLongError, Turn
 from inference.reading import Reading
 from page.chat import ANSWERS_AT_ONCE, Conversation, chat_messages, refusal, told
-from page.settings import chatbot
-from page.shelf import Shelf
+from page.settings import chatbot, question_box
+from page.shelf import HELD, Shelf
+
+COLUMNS = HELD  # whoever answers is held
 
 
 class ComparePage:
-    """Two models answer one question."""
+    """Models answer one question."""
 
     def __init__(self, shelf: Shelf, engine_turn: InTurn) -> None:
         """Compare models of the shelf; see `build`."""
@@ -23,20 +28,19 @@ class ComparePage:
     def answer(
         self,
         question: str,
-        left: str,
-        right: str,
         temperature: float,
         top_p: float,
         max_completion_tokens: int,
         seed: int,
         budget: int,
+        *names: str,
     ) -> Iterator[tuple]:
-        """Both answers as they grow, in turn."""
+        """The answers of the models as they grow, in turn."""
         conversation = Conversation()
         conversation.ask(question)
         params = SamplingParams(int(max_completion_tokens), temperature, top_p=top_p)
-        turns = [conversation.turns[0]] * 2
-        models = [self.shelf.get(name) for name in (left, right)]
+        turns = [conversation.turns[0]] * len(names)
+        models = [self.shelf.get(name) for name in names]
         try:
             with ExitStack() as streams:
                 asked = (params, (int(seed or 0), 0), self.engine_turn, int(budget or 0) or None)
@@ -63,23 +67,17 @@ class ComparePage:
         names = self.shelf.names
         chatbots, statuses, chosen = [], [], []
         with gr.Row():
-            for side, name in (("Left", names[-1]), ("Right", names[0])):
-                with gr.Column():
-                    chosen.append(gr.Dropdown(names, value=name, label=f"{side} model"))
-                    chatbots.append(chatbot(elem_id=f"compare-{side.lower()}"))
+            # Before stands left of after: the page's own model is the last.
+            for place, name in enumerate([*names[1:COLUMNS], names[0]], start=1):
+                with gr.Column(min_width=200):
+                    chosen.append(gr.Dropdown(names, value=name, label=f"Model {place}"))
+                    chatbots.append(chatbot(elem_id=f"compare-{place}"))
                     statuses.append(gr.Markdown(container=False))
-        question = gr.Textbox(
-            show_label=False,
-            container=False,
-            elem_id="compare-question",
-            placeholder="Ask both the same question",
-            submit_btn=True,
-            stop_btn=True,
-        )
+        question = question_box("Ask all the same question", elem_id="compare-question", stop_btn=True)
         shown = [*chatbots, *statuses]
         answering = question.submit(
             self.answer,
-            [question, *chosen, *settings[:-1]],  # one answer each, no vote
+            [question, *settings[:-1], *chosen],  # one answer each, no vote
             shown,
             api_visibility="private",
             show_progress="minimal",

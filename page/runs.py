@@ -17,7 +17,10 @@ FILTERS = {
     "truncated": lambda row: row["finish_reason"] == "length",
     "undecided": lambda row: row["correct"] is None and row["gold"] is not None,
 }
-COLUMNS = ("step", "group", "correct", "reward", "advantage", "extracted", "gold", "tokens", "completion")
+COLUMNS = (
+    *("#", "step", "group", "correct", "extracted", "gold", "reward", "by part", "advantage", "tokens"),
+    "completion",
+)
 ROWS = 200  # shown at once
 CHARACTERS = 120  # of a completion in the table; whole when it is clicked
 
@@ -46,22 +49,22 @@ class RunsPage:
         page = escape(report_page(run), quote=True).replace("\n", "&#10;").replace("\r", "&#13;")
         return f'<iframe sandbox="" srcdoc="{page}" title="report" class="report"></iframe>'
 
-    def rollouts(self, name: str | None, which: str, step: int | None) -> list[list[Any]]:
-        """The rows of the table: of a step, or the run's first and last ones (a megabyte each), that pass the
-        filter.
+    def rollouts(
+        self, name: str | None, which: str, step: str = "", group: str = ""
+    ) -> tuple[list[list[Any]], list[dict[str, Any]]]:
+        """The table's cells, and the rollouts that they are of: what passes the filters, of a step or of the
+        run's beginning and end, a megabyte each. A step or group that is no number is none in particular.
         """
-        return [
-            [self._cell(row.get(column)) for column in COLUMNS[:-1]] + [_short(row["completion"])]
-            for row in self._rows(name, which, step)
-        ]
+        rows = self._rows(name, which, _number(step), _number(group))
+        return [_cells(number, row) for number, row in enumerate(rows, start=1)], rows
 
-    def whole(self, name: str | None, which: str, step: int | None, event: gr.SelectData) -> str:
-        """The rollout that was clicked, whole, with its rewards by part."""
-        rows = self._rows(name, which, step)
-        index = event.index[0]
-        if not 0 <= index < len(rows):
-            return ""
-        row = rows[index]
+    def whole(self, rows: list[dict[str, Any]], event: gr.SelectData) -> str:
+        """The rollout that was clicked, whole, with its rewards by part.
+
+        Found by its number among the `rows` that were shown, however the table is sorted and whatever the run
+        has written since.
+        """
+        row = rows[int(event.row_value[0]) - 1]
         told = {
             key: row[key] for key in ("question", "gold", "extracted", "correct", "rewards", "finish_reason")
         }
@@ -75,19 +78,21 @@ class RunsPage:
         rows.sort(key=lambda row: (order[row["question"]], row["step"]))
         return [[row["question"], row["step"], row["correct"], row["completion"]] for row in rows]
 
-    def _rows(self, name: str | None, which: str, step: int | None) -> list[dict[str, Any]]:
+    def _rows(
+        self, name: str | None, which: str, step: int | None, group: int | None
+    ) -> list[dict[str, Any]]:
         run = self.run(name)
         if run is None or not (run / "rollouts.jsonl").is_file():
             return []
-        keeps = FILTERS[which]
-        if step:
-            return [row for row in _of_step(run / "rollouts.jsonl", int(step)) if keeps(row)][:ROWS]
+
+        def keeps(row: dict[str, Any]) -> bool:
+            return FILTERS[which](row) and group in (None, row["group"])
+
+        if step is not None:
+            return [row for row in _of_step(run / "rollouts.jsonl", step) if keeps(row)][:ROWS]
         first, last = (list(filter(keeps, rows)) for rows in read_ends(run / "rollouts.jsonl"))
         half = ROWS // 2
         return first[:half] + [row for row in last[-half:] if row not in first[:half]]
-
-    def _cell(self, value: Any) -> Any:
-        return round(value, 3) if isinstance(value, float) else value
 
     def build(self) -> None:
         """Lay out the components and connect them; call it inside `gr.Blocks`."""
@@ -95,11 +100,14 @@ class RunsPage:
         with gr.Row():
             chosen = gr.Dropdown(names, value=names[0] if names else None, label="Run", elem_id="run")
             which = gr.Dropdown(list(FILTERS), value="all", label="Rollouts", elem_id="which")
-            step = gr.Number(0, label="Of step", info="0 for all", precision=0, minimum=0)
+            # Not gr.Number, which takes no number for 0.
+            step = gr.Textbox("", label="Of step", placeholder="all", max_lines=1, elem_id="step")
+            group = gr.Textbox("", label="Of group", placeholder="all", max_lines=1, elem_id="group")
         # Not gr.HTML, which evaluates strings as scripts, and the page's policy lets nobody do that. What is
         # ours alone stands outside the frame, and inside it nothing runs.
         report = gr.Markdown(sanitize_html=False, latex_delimiters=[], elem_id="report")
         table = gr.Dataframe(headers=list(COLUMNS), label="Rollouts", interactive=False, elem_id="rollouts")
+        rows = gr.State([])  # of the table
         rollout = gr.Textbox(label="The rollout clicked on", lines=8, interactive=False, elem_id="rollout")
         canaries = gr.Dataframe(
             headers=["question", "step", "correct", "completion"],
@@ -109,15 +117,26 @@ class RunsPage:
             elem_id="canaries",
         )
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
-        asked = [chosen, which, step]
+        asked = [chosen, which, step, group]
         chosen.focus(lambda: gr.Dropdown(self.names()), None, chosen, **hidden)
         # When the page is loaded, and then as runs go on.
         for event in (None, chosen.change, gr.Timer(REFRESH_S).tick):
             gr.on(event, self.report, chosen, report, **hidden)
             gr.on(event, self.canaries, chosen, canaries, **hidden)
-        for event in (None, chosen.change, which.change, step.change):
-            gr.on(event, self.rollouts, asked, table, **hidden)
-        table.select(self.whole, asked, rollout, **hidden)
+        for event in (None, chosen.change, which.change, step.change, group.change):
+            gr.on(event, self.rollouts, asked, [table, rows], **hidden)
+        table.select(self.whole, rows, rollout, **hidden)
+
+
+def _cells(number: int, row: dict[str, Any]) -> list[Any]:
+    parts = [f"{name} {value:g}" for name, value in row["rewards"].items() if value is not None]
+    cells = row | {"#": number, "by part": ", ".join(parts), "completion": _short(row["completion"])}
+    values = (cells.get(column) for column in COLUMNS)
+    return [round(value, 3) if isinstance(value, float) else value for value in values]
+
+
+def _number(typed: str) -> int | None:
+    return int(typed) if typed.strip().isdecimal() else None
 
 
 def _of_step(path: Path, step: int) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 
 from inference.chat import ChatModel
 
-# A page that compares two models keeps both; a third takes the place of the one unused for longest.
-HELD = 2
+# A page that compares base, SFT and GRPO keeps all three; a fourth takes the place of the one unused for
+# longest.
+HELD = 3
 
 
 class Shelf:

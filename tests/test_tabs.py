@@ -1,6 +1,7 @@
 """The page's tabs without a browser: which models there are, what is kept and checked, what runs show."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from page import feedback  # noqa: E402
 from page.chat import ChatPage, Conversation  # noqa: E402
 from page.checking import arithmetic, check  # noqa: E402
 from page.compare import ComparePage  # noqa: E402
-from page.runs import RunsPage  # noqa: E402
+from page.runs import COLUMNS, RunsPage  # noqa: E402
 from page.shelf import Shelf  # noqa: E402
 from train_sft import SFTConfig  # noqa: E402
 from train_sft import main as train_sft  # noqa: E402
@@ -28,14 +29,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:::gradio")
 
 def test_only_models_of_the_shelf_are_loaded_once_and_the_unused_one_goes():
     loaded = []
-    shelf = Shelf(["a", "b", "a", "c"], lambda name: loaded.append(name) or SimpleNamespace(name=name))
-    assert shelf.names == ["a", "b", "c"]
-    assert [shelf.get(name).name for name in ("b", "a", "b")] == ["b", "a", "b"]
-    assert loaded == ["a", "b"]
-    shelf.get("c")  # in the place of a
+    names = ["a", "b", "a", "c", "d"]
+    shelf = Shelf(names, lambda name: loaded.append(name) or SimpleNamespace(name=name))
+    assert shelf.names == ["a", "b", "c", "d"]
+    assert [shelf.get(name).name for name in ("b", "c", "a", "b", "c")] == ["b", "c", "a", "b", "c"]
+    assert loaded == ["a", "b", "c"]
+    shelf.get("d")  # in the place of a
     shelf.get("b")
     shelf.get("a")
-    assert loaded == ["a", "b", "c", "a"]
+    assert loaded == ["a", "b", "c", "d", "a"]
     with pytest.raises(ValueError, match="not among those"):
         shelf.get("/etc/passwd")
 
@@ -96,13 +98,13 @@ def test_an_answer_to_arithmetic_is_checked(question, answer, is_right):
 def test_two_models_answer_one_question_side_by_side():
     models = {"a": scripted_model("<think>t</think><answer>3</answer>"), "b": scripted_model("4")}
     page = ComparePage(Shelf(list(models), models.get), InTurn())
-    *_, (left, right, *told) = page.answer("1 + 2 = ?", "b", "a", 0.0, 1.0, 100, 0, 0)
+    *_, (left, right, *told) = page.answer("1 + 2 = ?", 0.0, 1.0, 100, 0, 0, "b", "a")
     assert [message.content[0]["text"] for message in left] == ["1 + 2 = ?", "4"]
     assert [message.content[0]["text"] for message in right] == ["1 + 2 = ?", "t", "3"]
     assert told[0].endswith("checked: wrong")
     assert told[1].endswith("checked: right")
     with pytest.raises(gr.Error, match="Type a question"):
-        next(page.answer(" ", "b", "a", 0.0, 1.0, 100, 0, 0))
+        next(page.answer(" ", 0.0, 1.0, 100, 0, 0, "b", "a"))
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def runs(tmp_path):
         rollout(step=1, group=0, correct=False, reward=0.1, completion="<b>wrong</b> " * 50),
         rollout(step=2, group=0, correct=True, reward=1.0, completion="right"),
         rollout(step=2, group=0, correct=None, reward=0.0, completion="who knows"),
-        rollout(step=2, group=0, correct=False, reward=0.0, completion="cut", finish_reason="length"),
+        rollout(step=2, group=1, correct=False, reward=0.0, completion="cut", finish_reason="length"),
     ]
     jsonl(folder / "rollouts.jsonl", rows)
     canaries = [
@@ -139,30 +141,48 @@ def test_runs_are_found_and_nothing_else_is_read(runs, tmp_path):
     for other in ("../first", "/etc", None, "second"):
         assert runs.run(other) is None
         assert "No run under" in runs.report(other)
-        assert runs.rollouts(other, "all", None) == []
+        assert runs.rollouts(other, "all") == ([], [])
     assert RunsPage(tmp_path / "nowhere").names() == []
 
 
 @pytest.mark.parametrize(
-    ("which", "step", "completions"),
+    ("which", "step", "group", "completions"),
     [
-        ("all", None, 4),
-        ("all", 2, 3),
-        ("rewarded but strictly wrong", None, 1),
-        ("truncated", None, 1),
-        ("undecided", None, 1),
-        ("undecided", 1, 0),
+        ("all", "", "", 4),
+        ("all", "2", "", 3),
+        ("all", "2", "0", 2),
+        ("all", "0", "", 0),
+        ("all", "", "1", 1),
+        ("rewarded but strictly wrong", "", "", 1),
+        ("truncated", "", "", 1),
+        ("undecided", "", "", 1),
+        ("undecided", "1", "", 0),
     ],
 )
-def test_rollouts_are_filtered(runs, which, step, completions):
-    assert len(runs.rollouts("first", which, step)) == completions
+def test_rollouts_are_filtered(runs, which, step, group, completions):
+    table, rows = runs.rollouts("first", which, step, group)
+    assert len(table) == len(rows) == completions
 
 
-def test_a_rollout_is_shown_whole_and_canaries_step_by_step(runs):
-    row = runs.rollouts("first", "all", None)[0]
-    assert row[-1].endswith("…")
-    whole = runs.whole("first", "all", None, SimpleNamespace(index=[0, 3]))
-    assert whole.endswith("<b>wrong</b> " * 50)
+def test_rollouts_stand_with_their_rewards_by_part_and_the_answer_beside_gold(runs):
+    table, _ = runs.rollouts("first", "all", "2", "0")
+    cells = dict(zip(COLUMNS, table[0], strict=True))
+    assert (cells["step"], cells["group"], cells["reward"]) == (2, 0, 1.0)
+    assert cells["by part"] == "correct 1"  # the other part did not apply
+    assert table[0][COLUMNS.index("extracted") :][:2] == ["3", "3"]
+
+
+def test_what_is_clicked_is_shown_whole_though_the_table_is_sorted_and_the_run_goes_on(runs, tmp_path):
+    table, rows = runs.rollouts("first", "all")
+    assert table[0][-1].endswith("…")
+    with open(tmp_path / "first" / "rollouts.jsonl", "a") as file:
+        file.write(json.dumps(rollout(step=3, group=0, completion="another")) + "\n")
+    for place, row in enumerate(rows):
+        clicked = SimpleNamespace(index=[len(rows) - 1 - place, 3], row_value=table[place])
+        assert runs.whole(rows, clicked).endswith(row["completion"])
+
+
+def test_canaries_are_shown_step_by_step(runs):
     assert [(row[0], row[1]) for row in runs.canaries("first")] == [
         ("b?", 0),
         ("b?", 5),
@@ -206,23 +226,40 @@ def test_a_thought_is_closed_where_the_visitor_says():
     assert reading.answer == "7"
 
 
-def test_between_two_votes_nothing_else_is_taken_and_what_was_cut_is_not_liked(tmp_path):
-    model = scripted_model("<think>t</think><answer>3</answer>")
-    config = AppConfig(model="m", feedback=str(tmp_path))
-    page = ChatPage(Shelf(["m"], {"m": model}.get), config, InTurn())
+def test_while_votes_are_awaited_nothing_else_is_taken_and_after_a_stop_those_that_are_in_count(monkeypatch):
+    monkeypatch.setattr("inference.chat.READINGS_PER_SECOND", math.inf)
+    lengths = iter([1, 40, 2, 40])
+    model = scripted_model(lambda prompt: f"<think>{'t' * next(lengths)}</think><answer>3</answer>")
+    page = ChatPage(Shelf(["m"], {"m": model}.get), AppConfig(model="m"), InTurn())
     conversation = Conversation()
     conversation.ask("1 + 2 = ?")
-    answer = page.answer(conversation, "m", 1.0, 1.0, 100, 0, 0, 3)
-    while "vote 1" in next(answer)[1]:
-        if conversation.turns[-1].reading.finish_reason:  # a vote is whole, and the others are to come
-            for act in (lambda: conversation.ask("more?"), lambda: page.undo(conversation)):
-                with pytest.raises(gr.Error, match="being written"):
-                    act()
+    answer = page.answer(conversation, "m", 1.0, 1.0, 100, 0, 0, 4)
+    while not next(answer)[1].startswith("2 of 4 votes are in"):
+        pass
+    assert conversation.turns[-1].reading.finish_reason == "stop"  # what is seen is whole, others are to come
+    for act in (lambda: conversation.ask("more?"), lambda: page.undo(conversation)):
+        with pytest.raises(gr.Error, match="being written"):
+            act()
+    computed = model.engine.tokens
     answer.close()
-    page.settle(conversation)
+    assert model.engine.tokens == computed
+    assert len(model.engine.closed) == 2
+    messages, _, _ = page.settle(conversation)
     assert not conversation.is_answering
-    assert conversation.turns[-1].reading.finish_reason == "cancelled"
-    event = SimpleNamespace(liked=True, index=1)
-    with pytest.raises(gr.Error, match="no example"):
-        page.like(conversation, event)
+    assert messages[-1].metadata["title"] == "Votes: 3 × 2"
+
+
+def test_an_answer_that_was_stopped_is_not_liked(tmp_path):
+    config = AppConfig(model="m", feedback=str(tmp_path))
+    page = ChatPage(Shelf(["m"], {"m": scripted_model("<think>on and on")}.get), config, InTurn())
+    for votes in (1, 2):
+        conversation = Conversation()
+        conversation.ask("1 + 2 = ?")
+        answer = page.answer(conversation, "m", 1.0, 1.0, 100, 0, 0, votes)
+        next(answer)
+        answer.close()
+        page.settle(conversation)
+        assert conversation.turns[-1].reading.finish_reason == "cancelled"
+        with pytest.raises(gr.Error, match="no example"):
+            page.like(conversation, SimpleNamespace(liked=True, index=1))
     assert not list(tmp_path.iterdir())
