@@ -41,7 +41,7 @@ from inference.search import (  # noqa: E402
     self_correct,
 )
 from rewards import judge_problem  # noqa: E402
-from rewards.verify import final_answer, same_answers  # noqa: E402
+from rewards.verify import final_answer  # noqa: E402
 
 SAMPLES = (2, 4, 8, 16)
 _SUM = re.compile(r"(\d+) \+ (\d+) = (\d+)")
@@ -67,10 +67,10 @@ def greedy(query: Query, _: int) -> SearchResult:
 METHODS: dict[str, tuple[Sequence[int], Callable[[Query, int], SearchResult]]] = {
     "single sample": ((1,), best_of_n),
     "greedy": ((1,), greedy),
-    "majority vote": (SAMPLES, lambda query, n: majority_vote(query, n, same_answers)),
+    "majority vote": (SAMPLES, majority_vote),
     "vote weighted by likelihood": (
         SAMPLES,
-        lambda query, n: majority_vote(query, n, same_answers, likelihood),
+        lambda query, n: majority_vote(query, n, weight=likelihood),
     ),
     "best of n by mean log-probability": (SAMPLES, best_of_n),
     "best of n by self-certainty": (SAMPLES, lambda query, n: best_of_n(query, n, self_certainty)),

@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from operator import eq
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import prompts
 from inference import Engine, FinishReason, NextToken, SamplingParams, StreamedToken
 from inference.reading import ThoughtSplitter, TokenDecoder
+from rewards.verify import same_answers
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def best_of_n(query: Query, n: int = 8, score: Scorer = mean_logprob) -> SearchR
 def majority_vote(
     query: Query,
     n: int = 8,
-    same: Callable[[str, str], bool] = eq,
+    same: Callable[[str, str], bool] = same_answers,
     weight: Scorer | None = None,
 ) -> SearchResult:
     """Sample `n` candidates and take the answer that most of them give.
@@ -218,7 +218,7 @@ def majority_vote(
     Args:
         query: what is asked.
         n: voters.
-        same: do two answers say the same? `rewards.verify.same_answers` knows that 1/2 is 0.5.
+        same: do two answers say the same? By itself 1/2 is 0.5; `operator.eq` compares texts.
         weight: what each vote counts, never negative; None counts all alike.
 
     Source: arXiv 2203.11171.
@@ -234,7 +234,7 @@ def majority_vote(
     return _result([replace(v, score=share) for v, share in zip(voters, shares, strict=True)])
 
 
-def group_answers(answers: Sequence[str | None], same: Callable[[str, str], bool] = eq) -> list[list[int]]:
+def group_answers(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[list[int]]:
     """The places of answers that say the same, in the order of their first appearance; None is no answer."""
     groups: list[list[int]] = []
     for place, answer in enumerate(answers):

@@ -81,7 +81,7 @@ ROOMS = {
     # Whoever talks through an engine.
     "inference.markdown": [],
     "inference.reading": ["inference", "prompts"],
-    "inference.search": ["inference", "inference.reading", "prompts"],
+    "inference.search": ["inference", "inference.reading", "prompts", "rewards.verify"],
     "inference.answer_file": ["data", "inference", "inference.chat", "prompts", "runs.config"],
     "inference.chat": ["data", "inference.*", "models", "prompts", "runs.config", "tokenizer"],
     "inference.convert_mlx": [
