@@ -320,34 +320,78 @@ def test_everything_that_reads_the_folder_says_the_same_without_torch(trained):
     assert told.strip() == said.text.strip()
 
 
-@pytest.mark.slow
-def test_the_server_of_mlx_lm_says_the_same(trained):
-    _, _, folder = trained
-    tokenizer = load_tokenizer(str(folder))
-    engine, _ = load_engine(str(folder), tokenizer)
-    prompt, params = encode_prompt(tokenizer, QUESTION), SamplingParams(64, temperature=0.0)
-    ids = [token.token_id for token in engine.stream(prompt, params, (0,))]
-    parsed = parse_completion(tokenizer.decode(ids, skip_special_tokens=True))
+@pytest.fixture(scope="module")
+def mlx_server(trained):
+    """The address of an `mlx_lm.server` that has the folder in 4 bits, up to its `/v1`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(trained[2]), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        asked = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 64}
-        address = f"http://127.0.0.1:{port}/v1/chat/completions"
-        request = Request(address, json.dumps(asked).encode(), {"Content-Type": "application/json"})
         deadline = time.monotonic() + 120
         while True:
             try:
-                reply = json.load(urlopen(request, timeout=60))["choices"][0]["message"]
+                urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60).close()
                 break
             except URLError:
                 assert server.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
         server.wait()
-    assert (reply.get("reasoning") or "").strip() == (parsed.thought or "").strip()
-    assert (reply.get("content") or "").strip() == parsed.answer_text.strip()
+
+
+@pytest.fixture(scope="module")
+def said(trained):
+    """What the folder in 4 bits answers without a server."""
+    tokenizer = load_tokenizer(str(trained[2]))
+    engine, _ = load_engine(str(trained[2]), tokenizer)
+    prompt, params = encode_prompt(tokenizer, QUESTION), SamplingParams(64, temperature=0.0)
+    ids = [token.token_id for token in engine.stream(prompt, params, (0,))]
+    return parse_completion(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.slow
+def test_the_server_of_mlx_lm_says_the_same(mlx_server, said):
+    asked = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 64}
+    headers = {"Content-Type": "application/json"}
+    request = Request(f"{mlx_server}/chat/completions", json.dumps(asked).encode(), headers)
+    reply = json.load(urlopen(request, timeout=60))["choices"][0]["message"]
+    assert (reply.get("reasoning") or "").strip() == (said.thought or "").strip()
+    assert (reply.get("content") or "").strip() == said.answer_text.strip()
+
+
+@pytest.mark.slow
+def test_the_chat_and_the_page_talk_to_that_server(trained, mlx_server, said):
+    folder, thought = str(trained[2]), (said.thought or "").strip()
+    answer = (said.answer or said.answer_text).strip()
+    asked = ["--engine_url", mlx_server, "--max_completion_tokens", 64, "--question", QUESTION]
+    told = run_python("inference.chat", "--model", folder, *asked)
+    assert told.split() == f"{thought} {answer}".split()
+    gr = pytest.importorskip("gradio", reason="the page needs gradio")
+    from app import AppConfig, build_page, launch
+    from page.shelf import Shelf
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        config = AppConfig(model=folder, engine_url=mlx_server, port=probe.getsockname()[1])
+    shelf = Shelf([folder], lambda name: load_chat_model(name, engine_url=mlx_server))
+    page = build_page(shelf, config)
+    assert isinstance(page, gr.Blocks)
+    try:
+        from gradio_client import Client
+
+        client = Client(launch(page, config, auth=None), verbose=False, analytics_enabled=False)
+        reply = client.predict(QUESTION, max_completion_tokens=64, api_name="/ask")
+        client.close()
+    finally:
+        page.close(verbose=False)
+    assert (reply["thought"] or "").strip() == thought
+    assert reply["answer"] == answer
+    model = shelf.first
+    votes = list(model.stream_votes([Turn(QUESTION)], 3, SamplingParams(64, temperature=1.0), (0,)))[-1]
+    assert len(votes) == 3
+    assert {vote.finish_reason for vote in votes} <= {"stop", "length"}
