@@ -8,6 +8,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks import hours
 from models import save_model
 from runs.config import parse_config
 from train_grpo import GRPOConfig, main
@@ -36,11 +37,31 @@ def test_a_recipe_is_explained_and_resolves(recipe):
     config = read(recipe, **({} if torch.cuda.is_available() else {"optimizer": "adamw"}))
     assert f"--config configs/{recipe.name}" in text  # how to run it
     assert "measured" in text or "mean nothing" in text  # what its figures are worth
+    # What it takes: as the arithmetic has it for these very fields, or a minute here.
+    assert (recipe.stem in hours.RECIPES) == recipe.stem.startswith("gsm8k")
+    assert hours.told(recipe.stem) in text if recipe.stem in hours.RECIPES else "minute" in text
     assert config.output.startswith("outputs/")
     fields = yaml.safe_load(text)
     assert {name: getattr(config, name) for name in fields if name != "optimizer"} == {
         name: value for name, value in fields.items() if name != "optimizer"
     }
+
+
+def test_hours_grow_with_what_a_recipe_asks_for(monkeypatch):
+    def figures(**changes):
+        read_yaml = yaml.safe_load
+        with monkeypatch.context() as patch:
+            patch.setattr(hours.yaml, "safe_load", lambda text: read_yaml(text) | changes)
+            return hours.estimate("gsm8k_qwen2.5_1.5b_a100")
+
+    usual = figures()
+    assert figures(total_steps=1000)["hours"] == pytest.approx(2 * usual["hours"], rel=0.01)
+    assert figures(gradient_checkpointing=False)["update_s"] == pytest.approx(usual["update_s"] * 6 / 8)
+    assert figures(group_size=16)["update_s"] == pytest.approx(2 * usual["update_s"], rel=0.05)
+    assert figures(max_completion_tokens=1024)["sample_s"] == pytest.approx(2 * usual["sample_s"])
+    # 8 operations a weight and token, checkpointing's among them, at a third of the card's 312e12 a second.
+    assert usual["update_s"] == pytest.approx(8 * 1.54e9 * (256 * 256 + 32 * 150) / (0.33 * 312e12))
+    assert usual["dollars"] == pytest.approx(1.6 * usual["hours"])
 
 
 @pytest.mark.slow
