@@ -29,6 +29,7 @@ from losses import token_logprobs
 from sharding import read_plan, shard_on_cpu
 from tiny import TINY, build_tiny
 from tokenizer import ADAPTER, add_tags, load_any_tokenizer, loading, require_model
+from zero import kept_from_accelerate
 
 # A bar for every file that is read or written is noise among a run's lines; the Hub's own bars stay.
 logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))
@@ -411,12 +412,13 @@ def make_accelerator(tracker: str = "none", folder: str | None = None) -> Accele
         )
     precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
     plan = read_plan(compute_dtype())
-    accelerator = Accelerator(
-        mixed_precision=precision[compute_dtype()],
-        log_with=None if tracker == "none" else tracker,
-        project_dir=folder,
-        fsdp_plugin=plan,
-    )
+    with kept_from_accelerate():
+        accelerator = Accelerator(
+            mixed_precision=precision[compute_dtype()],
+            log_with=None if tracker == "none" else tracker,
+            project_dir=folder,
+            fsdp_plugin=plan,
+        )
     shard_on_cpu(accelerator, plan)
     return accelerator
 

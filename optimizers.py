@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from sharding import clip_gradients
+
 BETAS = (0.9, 0.95)
 # Muon's rate over AdamW's, measured on the tiny model's cold start: torch's own matching of the two moves the
 # matrices at about half this rate (`match_rms_adamw`), and the loss after 100 steps is 0.84, not 0.65.
@@ -55,7 +57,8 @@ def make_optimizer(
         apart.append({"params": rest, "weight_decay": 0.0, "lr": critic_learning_rate})
     settings = {"lr": learning_rate, "betas": BETAS, "weight_decay": weight_decay, "fused": True}
     if name == "adamw":
-        return AdamW([{"params": matrices}, *apart], **settings)
+        # Adapters have no vectors, and DeepSpeed drops a group of nothing, which a schedule would miss.
+        return AdamW([group for group in ({"params": matrices}, *apart) if group["params"]], **settings)
     if name != "muon":
         del settings["fused"]
         return _eight_bit(name)([{"params": matrices}, *apart], **settings)
@@ -197,7 +200,7 @@ def take_step(
     Returns:
         The gradients' norm before clipping, and why there was no step; None where there was.
     """
-    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm))
+    grad_norm = clip_gradients(accelerator, policy, optimizer, max_grad_norm)
     # Gradients in float16 overflow now and then, as they should: the scaler leaves such a step out itself,
     # and scales less from there on, until less is nothing.
     scaler = accelerator.scaler

@@ -1,4 +1,5 @@
-"""Sharded training (FSDP2): every process holds its part of the weights, the gradients and the moments.
+"""Sharded training (FSDP2, or DeepSpeed's ZeRO by `zero.py`): every process holds its part of the weights,
+the gradients and the moments.
 
 What samples and what is saved needs the weights in one piece: a plain copy on every process, for as long as
 that takes. Where processes replicate the model, or where there is one, nothing here does anything.
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+import zero
 from llama import run_block
 from memory import is_out_of_memory
 from runs.config import RunStopped
@@ -27,8 +29,11 @@ REPLICATE = "or replicate the model (configs/accelerate/ddp.yaml)"
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Does every process hold no more than its part of the policy?"""
-    return accelerator.is_fsdp2
+    """Does every process hold no more than its part of the policy, or of its gradients and moments?
+
+    Processes then meet in every part of an update.
+    """
+    return accelerator.is_fsdp2 or zero.stage_of(accelerator) is not None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -36,7 +41,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def read_plan(compute_dtype: torch.dtype) -> FullyShardedDataParallelPlugin | None:
-    """How to shard, from what `accelerate launch` left in the environment; None where that is not at all.
+    """How to shard by FSDP2, from what `accelerate launch` left in the environment; None where it does not.
 
     Args:
         compute_dtype: the weights are gathered in; gradients are summed in float32.
@@ -44,9 +49,12 @@ def read_plan(compute_dtype: torch.dtype) -> FullyShardedDataParallelPlugin | No
     Raises:
         ValueError: what cannot be done here.
     """
-    if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed is not supported; FSDP2 shards as much: configs/accelerate/fsdp2.yaml")
-    if not _is_on("ACCELERATE_USE_FSDP"):
+    is_zero = zero.read_stage() is not None
+    if compute_dtype == torch.float16 and (is_zero or zero.is_on("ACCELERATE_USE_FSDP")):
+        raise ValueError(
+            "sharding needs GPUs with bfloat16; replicate (configs/accelerate/ddp.yaml) with --lora_rank 16"
+        )
+    if is_zero or not zero.is_on("ACCELERATE_USE_FSDP"):
         return None
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
@@ -56,20 +64,12 @@ def read_plan(compute_dtype: torch.dtype) -> FullyShardedDataParallelPlugin | No
         ("FSDP_CPU_RAM_EFFICIENT_LOADING", "every process reads the weights"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "give --gradient_checkpointing"),
     ):
-        if _is_on(name):
+        if zero.is_on(name):
             raise ValueError(f"{name.lower()} must be false: {instead}")
-    if compute_dtype == torch.float16:
-        raise ValueError(
-            "sharding needs GPUs with bfloat16; replicate (configs/accelerate/ddp.yaml) with --lora_rank 16"
-        )
     # Accelerate's own choice rounds log-probabilities and sums of gradients to half precision.
     halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = halved if compute_dtype == torch.bfloat16 else MixedPrecisionPolicy()
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def shard_on_cpu(accelerator: Accelerator, plan: FullyShardedDataParallelPlugin | None) -> None:
@@ -107,13 +107,18 @@ def refuse_unshardable(accelerator: Accelerator, config: Any) -> None:
 
 
 class Weights:
-    """The model of a policy as one process can sample from it and save it."""
+    """The model of a policy as one process can sample from it and save it.
+
+    Attributes:
+        trained: how many weights the policy learns.
+    """
 
     def __init__(self, accelerator: Accelerator, policy: nn.Module) -> None:
         """Take the `models.Policy` before it is prepared: it is sharded in place."""
         self.policy = policy
+        self.trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         self.copy: nn.Module | None = None
-        if is_sharded(accelerator):
+        if is_sharded(accelerator) and zero.stage_of(accelerator) != 2:
             # Of the modules a copy; of their weights, for the time being, the shapes.
             shapes = {id(p): _empty(p) for p in policy.model.parameters()}
             buffers = {id(b): b.to(accelerator.device) for b in policy.model.buffers()}
@@ -164,6 +169,8 @@ class Weights:
 
 def prepare(accelerator: Accelerator, policy: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
     """As `accelerator.prepare`; the blocks of a sharded policy gather their weights also for `llama`."""
+    if zero.stage_of(accelerator):
+        return zero.prepare(accelerator, policy, optimizer)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     for module in policy.modules() if is_sharded(accelerator) else ():
         if isinstance(module, FSDPModule) and module is not policy:
@@ -173,11 +180,21 @@ def prepare(accelerator: Accelerator, policy: nn.Module, optimizer: Optimizer) -
 
 
 def _empty(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), False)
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves the parameter itself with nothing
+    return nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"), False)
 
 
 def _gather(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "ds_id"):
+        return zero.gather(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradients(accelerator: Accelerator, policy: nn.Module, optimizer: Any, max_norm: float) -> float:
+    """Clip the gradients of all processes together; returns their norm before."""
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        return optimizer.clip(max_norm)
+    return float(accelerator.clip_grad_norm_(policy.parameters(), max_norm))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -192,6 +209,9 @@ def whole_state(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
         keep: False leaves out what was gathered: one process writes.
     """
 
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        return optimizer.state_dict(keep)
+
     def gather(shard: DTensor) -> Tensor | None:
         whole = shard.full_tensor()
         return whole.cpu() if keep else None
@@ -201,6 +221,9 @@ def whole_state(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
 
 def load_whole_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Restore a `whole_state`, of which every process keeps its part, however many there are."""
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        optimizer.load_state_dict(state)
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(parameters[0], DTensor):
         of_parameters = {

@@ -326,8 +326,7 @@ class Run:
         self.kept = gather_object([read_best(self.folder)])[0]
         told = (read_rows(self.folder / name)[0] for name in ("metrics.jsonl", "eval.jsonl"))
         self.watchdog.replay(*told)
-        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        self.found = self.watchdog.start(trained)
+        self.found = self.watchdog.start(weights.trained)
         self.log.found(self.found)  # and kept with the next step
         if start.checkpoint is not None:
             changed = f" with {_list(start.changes)}" if start.changes else ""

@@ -82,8 +82,13 @@ def one_update(accelerator):
         "loss": sum(gather_object([told["loss"]])),
         "completions": gather_object([c.token_ids for group in groups for c in group]),
         "lengths": gather_object([sum(completion for _, completion in batch.lengths)]),
-        "held": sum(getattr(p, "_local_tensor", p).numel() for p in policy.parameters()),
+        "held": sum(own_part(p).numel() for p in policy.parameters()),
     }
+
+
+def own_part(parameter):
+    """What this process holds of it: under FSDP2, under ZeRO-3, or all."""
+    return getattr(parameter, "_local_tensor", getattr(parameter, "ds_tensor", parameter))
 
 
 def go_on(folder, to):

@@ -292,7 +292,7 @@ def make_run(monkeypatch):
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
         accelerator = Accelerator()
-        weights = Weights(accelerator, SimpleNamespace(model=model))
+        weights = Weights(accelerator, torch.nn.ModuleDict({"model": model}))
         return Run(start or open_run(config), config, accelerator, weights, None, optimizer, scheduler)
 
     return make
