@@ -4,6 +4,7 @@ The library's forward works on padded rows. Here every linear layer reads the to
 others, side by side in one matrix, a prompt once for all its completions; only attention sees rows.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -64,6 +65,8 @@ def turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def norm(module: nn.Module, states: Tensor) -> Tensor:
     """What an RMS norm of the library computes, bit by bit; its gradient in a third of the time."""
+    if torch.compiler.is_compiling():  # which fuses the library's own
+        return module(states)
     return _Norm.apply(states, module.weight, module.variance_epsilon)
 
 
@@ -228,12 +231,45 @@ class Packing:
         return torch.cat(mixed).flatten(1)
 
 
-def run_block(layer: nn.Module, states: Tensor, packing: Packing, cos: Tensor, sin: Tensor) -> Tensor:
-    """What a block makes of the states `[N, H]` of packed tokens."""
-    attention = layer.self_attn
-    query, key, value = project(attention, norm(layer.input_layernorm, states), cos, sin)
-    states = states + attention.o_proj(packing.attend(query, key, value, attention.scaling))
+def before_attention(
+    layer: nn.Module, states: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the attention of a block reads: see `project`."""
+    return project(layer.self_attn, norm(layer.input_layernorm, states), cos, sin)
+
+
+def after_attention(layer: nn.Module, states: Tensor, mixed: Tensor) -> Tensor:
+    """What a block makes of the states `[N, H]` and what its attention has mixed of them."""
+    states = states + layer.self_attn.o_proj(mixed)
     return states + layer.mlp(norm(layer.post_attention_layernorm, states))
+
+
+def run_block(
+    layer: nn.Module,
+    states: Tensor,
+    packing: Packing,
+    cos: Tensor,
+    sin: Tensor,
+    parts: tuple[Callable, Callable] = (before_attention, after_attention),
+) -> Tensor:
+    """What a block makes of the states `[N, H]` of packed tokens; `parts` may be compiled."""
+    before, after = parts
+    return after(layer, states, packing.attend(*before(layer, states, cos, sin), layer.self_attn.scaling))
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Let `predicting_states` run the blocks through `torch.compile`, all but their attention.
+
+    What is left counts tokens and nothing else, so that all blocks and all batches share one compilation (one
+    more where no gradient is taken); attention has kernels of its own. The modules stay what they are: what
+    samples and what is saved sees nothing of it.
+
+    Args:
+        model: a causal language model that `is_llama`, under an adapter or not.
+    """
+    parts = tuple(torch.compile(part, dynamic=True) for part in (before_attention, after_attention))
+    for layer in without_adapter(model).model.layers:
+        layer.run_packed = partial(run_block, layer, parts=parts)
 
 
 def predicting_states(
@@ -256,7 +292,8 @@ def predicting_states(
     cos, sin = angles(decoder, states, packing.positions)
     is_checkpointed = decoder.gradient_checkpointing and decoder.training
     for layer in decoder.layers:
-        run = getattr(layer, "run_packed", partial(run_block, layer))  # a sharded one gathers its weights
+        # Another where a layer gathers its weights first, or is compiled.
+        run = getattr(layer, "run_packed", partial(run_block, layer))
         if is_checkpointed:
             states = checkpoint(run, states, packing, cos, sin, use_reentrant=False)
         else:

@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
-from llama import LLAMA_FAMILY, is_llama, predicting_states, without_adapter
+from llama import LLAMA_FAMILY, compile_blocks, is_llama, predicting_states, without_adapter
 from losses import token_logprobs
 from sharding import read_plan, shard_on_cpu
 from tiny import TINY, build_tiny
@@ -134,6 +135,23 @@ def attend_fast(model: nn.Module) -> None:
 def checkpoint_activations(model: nn.Module) -> None:
     """Keep one state a block between the passes and compute the rest again: less memory, more time."""
     model.activation_checkpointing_enable()
+
+
+def compile_updates(model: nn.Module) -> None:
+    """Run a model's blocks through `torch.compile` where a policy scores completions, and nowhere else.
+
+    Raises:
+        ValueError: the library runs this model's blocks, or there is no compiler.
+    """
+    if not is_llama(without_adapter(model), positions=1):
+        raise ValueError(
+            f"torch_compile is for models of the types {', '.join(LLAMA_FAMILY)}, got "
+            f"{model.config.model_type}; leave it out"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(f"torch_compile needs a C++ compiler, and {compiler} is not there; leave it out")
+    compile_blocks(model)
 
 
 @torch.no_grad()

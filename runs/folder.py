@@ -58,6 +58,7 @@ HARMLESS = {
     "patience",
     "micro_batch_tokens",
     "gradient_checkpointing",
+    "torch_compile",
     "max_bad_updates",
     "max_rollbacks",
     "trust_remote_code",

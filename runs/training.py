@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from models import Quantization, add_adapter, add_tag_rows, checkpoint_activations, load_model
+from models import (
+    Quantization,
+    add_adapter,
+    add_tag_rows,
+    checkpoint_activations,
+    compile_updates,
+    load_model,
+)
 from optimizers import OptimizerName
 from prompts import AnswerStyle
 from runs.config import require
@@ -81,6 +88,9 @@ class TrainingConfig:
     """nf4: the weights under the adapters are held in 4 bits (QLoRA); needs bitsandbytes."""
     gradient_checkpointing: bool = False
     """Keep one state a block and compute the rest again: less memory for activations, a third more time."""
+    torch_compile: bool = False
+    """Compile the blocks for updates: a minute or more at the start, for fewer kernels and fewer bytes moved
+    between them. On a processor it gains a twentieth to a tenth. Models of the Llama family."""
     total_steps: int
     """How long to train."""
     optimizer: OptimizerName = "adamw"
@@ -184,10 +194,12 @@ class TrainingConfig:
         model, tokens = self.load_weights(source, self.quantize)
         if self.gradient_checkpointing:
             checkpoint_activations(model)
-        if not self.lora_rank:
-            return model
-        options = (self.lora_alpha, self.lora_dropout, self.lora_targets, tokens)
-        return add_adapter(model, self.lora_rank, self.seed, *options)
+        if self.lora_rank:
+            options = (self.lora_alpha, self.lora_dropout, self.lora_targets, tokens)
+            model = add_adapter(model, self.lora_rank, self.seed, *options)
+        if self.torch_compile:
+            compile_updates(model)
+        return model
 
     def load_weights(self, source: str, quantize: Quantization = "none") -> tuple[Any, list[int]]:
         """A model as `load_tokenizer`'s tokens need it, and which of these are new to it."""
