@@ -271,6 +271,32 @@ def test_gpus_that_are_asked_for_have_to_be_there(monkeypatch, environment, ther
         models.require_gpus()
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "has_bfloat16", "has_mps", "precision"),
+    [
+        (True, True, False, "bf16"),
+        (True, False, False, "fp16"),  # a T4
+        (False, False, False, "no"),
+        (False, False, True, "no"),  # an Apple GPU
+    ],
+)
+def test_precision_is_what_the_machine_is_fast_in(monkeypatch, has_gpu, has_bfloat16, has_mps, precision):
+    monkeypatch.setattr(models, "require_gpus", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    # A T4 computes in bfloat16 too, by detours.
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: has_bfloat16 or (has_gpu and including_emulation),
+    )
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    asked = {}
+    monkeypatch.setattr(models, "Accelerator", lambda **options: asked.update(options))
+    monkeypatch.setattr(models, "shard_on_cpu", lambda accelerator, plan: None)
+    models.make_accelerator()
+    assert asked["mixed_precision"] == precision
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Policy
 

@@ -228,3 +228,54 @@ def test_weights_move_only_where_every_process_is_finite(monkeypatch, loss, grad
     assert all(p.grad is None for p in layer.parameters())
     assert scheduler.get_last_lr() == [pytest.approx(0.09)]
     assert not any(torch.isnan(v).any() for state in optimizer.state.values() for v in state.values())
+
+
+@pytest.fixture
+def in_float16():
+    """Accelerate as on a GPU without bfloat16, with a scaler that runs on a processor."""
+    accelerator = Accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    yield accelerator
+    accelerator.state._mixed_precision = "no"
+
+
+def take_steps(accelerator, slopes, max_grad_norm=1.0):
+    """Of a layer, under losses of these slopes: its weight after each, and what each step told."""
+    layer = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    policy, optimizer = accelerator.prepare(layer, AdamW(layer.parameters(), lr=0.1))
+    scheduler = make_scheduler(optimizer.optimizer, "constant", 0, 10)
+    moved, told = [], []
+    for slope in slopes:
+        accelerator.backward(slope * layer(torch.tensor([[3.0, 4.0]])).sum())
+        told.append(take_step(accelerator, policy, optimizer, scheduler, 1.0, max_grad_norm))
+        moved.append(layer.weight.detach().clone())
+    return moved, told
+
+
+def test_a_scaled_loss_moves_weights_as_one_that_is_not(in_float16):
+    slopes = [1.0, -2.0, 0.5, 0.125]  # which half precision holds
+    scaled, told = take_steps(in_float16, slopes)
+    assert in_float16.scaler.get_scale() == 16  # three in a row without overflow
+    in_float16.scaler = None
+    in_float16.native_amp = False
+    plain, without = take_steps(in_float16, slopes)
+    for ours, theirs in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert [norm for norm, _ in told] == pytest.approx(
+        [5, 10, 2.5, 0.625], rel=1e-6
+    )  # of gradients as they are
+    assert told == [(pytest.approx(norm, rel=1e-6), None) for norm, _ in without]
+
+
+def test_an_overflow_leaves_the_step_out_and_scales_less_until_less_is_nothing(in_float16):
+    moved, told = take_steps(in_float16, [1.0, math.inf, 1.0, *[math.inf] * 4, 1.0])
+    assert torch.equal(moved[1], moved[0])
+    assert not torch.equal(moved[2], moved[1])  # it goes on
+    causes = [cause for _, cause in told]
+    # At scales 8, 4, 2 and 1 an overflow is no news; from there on it is a run that diverges.
+    assert [cause is None for cause in causes] == [True, True, True, True, True, True, False, True]
+    assert "gradient norm" in causes[6]
+    assert all(torch.isfinite(weight).all() for weight in moved)
+    assert in_float16.scaler.get_scale() == 0.25
