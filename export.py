@@ -27,7 +27,7 @@ from models import (
     make_accelerator,
     save_model,
 )
-from prompts import encode_prompt
+from prompts import AnswerStyle, answer_style, encode_prompt, format_completion, render_prompt
 from runs.checkpoint import latest_checkpoint, write_folder
 from runs.config import RunStopped, at_the_door, parse_config, run_script
 from runs.folder import require_writable
@@ -169,8 +169,10 @@ def agreement(parity: dict[str, Any]) -> str:
 # The folder
 
 
-def model_card(config: ExportConfig, run: Path, parity: dict[str, Any]) -> str:
-    """What a reader of the folder should know: data, preset, scores with their intervals, how to load it."""
+def model_card(config: ExportConfig, run: Path, parity: dict[str, Any], style: AnswerStyle) -> str:
+    """What a reader of the folder should know: data, preset, scores with their intervals, how to load it and
+    how it answers.
+    """
     settings = run / "config.yaml"
     told = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
     scores = run / "eval.jsonl"
@@ -204,7 +206,7 @@ def model_card(config: ExportConfig, run: Path, parity: dict[str, Any]) -> str:
     kind = "an adapter: `peft.AutoPeftModelForCausalLM`" if parity["is_adapter"] else "`AutoModelForCausalLM`"
     lines += [
         "",
-        f"Load it with {kind}. The chat template asks for `<think>…</think><answer>…</answer>`.",
+        f"Load it with {kind}. The chat template asks for `{format_completion('…', '…', style)}`.",
         "",
         f"Compared with the trained model: {agreement(parity)} ({config.dtype}).",
         "",
@@ -248,7 +250,8 @@ def main(config: ExportConfig) -> int:
             first = {"token_ids": top.indices.tolist(), "logprobs": top.values.tolist()}
             rows.append({"prompt_ids": prompt, "answer_ids": answer, "first_token": first})
         (folder / "parity.json").write_text(json.dumps(parity | {"rows": rows}) + "\n")
-        (folder / "README.md").write_text(model_card(config, run, parity), encoding="utf-8")
+        style = answer_style(render_prompt(tokenizer, "?"))
+        (folder / "README.md").write_text(model_card(config, run, parity, style), encoding="utf-8")
 
     try:
         write_folder(target, write)

@@ -12,6 +12,7 @@ import export
 from export import ExportConfig
 from models import add_adapter, load_model, save_model
 from runs.config import RunStopped, UserError
+from tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -67,6 +68,14 @@ def test_an_adapter_is_merged_and_loads_in_plain_transformers(adapter_run, tmp_p
     card = (to / "README.md").read_text()
     assert "dapo" in card
     assert "50.0% | 37.0% to 63.0%" in card
+    assert "asks for `<think>…</think><answer>…</answer>`" in card
+
+
+def test_the_card_says_how_the_model_answers(base, tmp_path):
+    prepared = load_tokenizer(str(base), answer_style="boxed")
+    save_model(tmp_path / "boxed", load_model(str(base)), prepared)
+    export.main(ExportConfig(run=str(tmp_path / "boxed"), to=str(tmp_path / "to")))
+    assert "asks for `<think>…</think>\\boxed{…}`" in (tmp_path / "to" / "README.md").read_text()
 
 
 def test_an_adapter_alone_loads_on_its_base(adapter_run, base, tmp_path):
