@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,8 @@ from runs.signals import StopRequest
 from runs.watchdog import RUNAWAY, WINDOW, Watchdog
 from sharding import Weights, load_whole_state, whole_state
 
+# Of what a checkpoint holds; another number wherever an older one cannot be gone on from.
+FORMAT = 1
 # Fields that may differ between a run and its continuation: they change how long or how loudly, not what is
 # learned.
 HARMLESS = {
@@ -307,6 +310,11 @@ class Run:
         state = load_state(start.checkpoint) if start.checkpoint is not None else None
         with at_the_door():
             if state is not None:
+                if state.get("format") != FORMAT:
+                    raise ValueError(
+                        f"resume: {str(start.checkpoint)!r} was written by another version of Ponder; begin "
+                        f"another run from its weights: --model {start.checkpoint} and another --output"
+                    )
                 _refuse_other_optimizer(state["optimizer"], optimizer.state_dict(), start.checkpoint)
             if accelerator.is_main_process:
                 write_run(start, config, weights.policy.model)
@@ -408,6 +416,7 @@ class Run:
         its last checkpoint stays, and the next time it is tried again.
         """
         state = {
+            "format": FORMAT,
             "step": self.step,
             "drawn": self.drawn,
             "best_accuracy": self.best_accuracy,
@@ -454,6 +463,12 @@ class Run:
         return (
             f"{self.saved_step} of {self.step} steps are saved, and the same command{how} goes on from there"
         )
+
+    def _command(self) -> str:
+        """What goes on with the run, as it was typed; a launcher's own flags are not known here."""
+        launcher = "python" if self.accelerator.num_processes == 1 else "accelerate launch …"
+        how = [] if self.config.resume == "auto" else ["--resume", "auto"]
+        return f"{launcher} {shlex.join([*sys.argv, *how])}"
 
     def tell(self, metrics: dict[str, float]) -> None:
         """Record the metrics of the step just done, and what the watchdog finds in them."""
@@ -516,6 +531,7 @@ class Run:
             told = f"stopped: {self.tell_saved()}"
             if self.saved_step is not None:
                 told += f". A model to use: {self.folder / 'checkpoints' / f'step-{self.saved_step:06d}'}"
+                told += f"\nto go on: {self._command()}"
         else:
             if error := self._write(lambda save: write_folder(self.folder / "final", save)):
                 raise RunStopped(

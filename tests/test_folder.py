@@ -512,8 +512,9 @@ def test_a_run_that_ends_leaves_final_and_says_where(config, make_run, capsys):
     ],
 )
 def test_a_stopped_run_leaves_no_final_and_tells_what_is_saved(
-    config, make_run, capsys, resume, saved, done, told
+    config, make_run, capsys, monkeypatch, resume, saved, done, told
 ):
+    monkeypatch.setattr("sys.argv", ["train_grpo.py", "--rewards", "{correct: 1.0}"])
     run = make_run(dataclasses.replace(config, resume=resume))
     if saved:
         train(run, saved)
@@ -525,6 +526,18 @@ def test_a_stopped_run_leaves_no_final_and_tells_what_is_saved(
     printed = capsys.readouterr().out
     assert "stopped: " + told.format(saved=Path(config.output) / "checkpoints" / "step-000002") in printed
     assert ("A model to use" in printed) == bool(saved)
+    command = "to go on: python train_grpo.py --rewards '{correct: 1.0}'"
+    again = command + (" --resume auto" if resume == "never" else "")
+    assert (again in printed.splitlines()) == bool(saved)
+
+
+def test_a_checkpoint_of_another_version_is_refused(config, make_run, monkeypatch):
+    run = make_run(config)
+    train(run, 1)
+    run.checkpoint()
+    monkeypatch.setattr(runs.folder, "FORMAT", -1)
+    with pytest.raises(UserError, match="step-000001' was written by another version of Ponder"):
+        make_run(config)
 
 
 def test_a_step_that_the_disk_did_not_take_is_not_said_to_be_saved(config, make_run, monkeypatch):
