@@ -119,8 +119,9 @@ vllm-server: .venv-vllm/ready
 	  --model $(MODEL) --host $(HOST) --port $(PORT) --logprobs-mode processed_logprobs $(VLLM_CPU_FLAGS) \
 	  $(if $(LORA_RANK),--enable-lora --max-lora-rank $(LORA_RANK)) $(ARGS)
 
+# Two at a time, a file's tests in one process: they share what they train.
 test: setup
-	@$(BIN)/python -m pytest -q -m "not gpu and not network and not soak" $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not network and not soak" $(ARGS)
 
 # With VLLM_PYTHON=<python of an environment with vLLM> also against a real server; make vllm-server makes one.
 soak: setup
