@@ -32,7 +32,7 @@ def run(algo: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one preset from the seed's cold start, unless that is done, and evaluate both."""
     root = Path(args.output)
     sft = train_sft.SFTConfig(output=str(root / f"sft-{seed}"), seed=seed)
-    _check(train_sft.main(sft))
+    check(train_sft.main(sft))
     updates = train_grpo.PRESETS[algo]["updates_per_rollout"]
     config = train_grpo.GRPOConfig(
         algo=algo,
@@ -45,18 +45,8 @@ def run(algo: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         eval_every=10,
         eval_limit=200,
     )
-    _check(train_grpo.main(config))
-    figures = Path(config.output) / "evaluation.json"
-    if not figures.exists():
-        ask = evaluate.EvaluateConfig(
-            model=f"{config.output}/final",
-            baseline=config.model,
-            limit=args.limit,
-            samples=1,
-            json=str(figures),
-        )
-        _check(evaluate.main(ask))
-    measured = json.loads(figures.read_text())
+    check(train_grpo.main(config))
+    measured = examine_once(Path(config.output), baseline=config.model, limit=args.limit, samples=1)
     steps = _read_lines(Path(config.output) / "metrics.jsonl")
     return {
         "algo": algo,
@@ -73,6 +63,20 @@ def run(algo: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             if row["set"] == "validation"
         ],
     }
+
+
+def check(code: int) -> None:
+    """End as a training or an evaluation did, unless it went well."""
+    if code:
+        raise SystemExit(code)
+
+
+def examine_once(folder: Path, **how: Any) -> dict[str, Any]:
+    """The figures of a run's final model, measured unless they are there; `how` is `EvaluateConfig`'s."""
+    figures = folder / "evaluation.json"
+    if not figures.exists():
+        check(evaluate.main(evaluate.EvaluateConfig(model=f"{folder}/final", json=str(figures), **how)))
+    return json.loads(figures.read_text())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -113,11 +117,6 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(ncols=2, frameon=False)
     figure.savefig(file, metadata={"Date": None})
-
-
-def _check(code: int) -> None:
-    if code:
-        raise SystemExit(code)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from benchmarks import cross_check
+from benchmarks import cross_check, samples
+from benchmarks.algorithms import examine_once
 from data import Problem
 from exam import hold_exam
 from inference import SamplingParams
@@ -86,3 +87,36 @@ def test_two_judges_may_be_one_problem_apart(capsys):
     assert (row["ours"], row["peer_value"], row["ratio"]) == (1.0, 2 / 3, 1.5)
     assert "2 = ?" in capsys.readouterr().out
     assert not cross_check.compare("m", "d", problems, [right] * 3, [right, wrong, wrong])[1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# samples.py
+
+
+def point(curve, number, seed, before, after):
+    ends = {"peer_value": before, "peer_ci95": [0, 1], "ours": after, "ours_ci95": [0.25, 1]}
+    return {"curve": curve, "number": number, "seed": seed, "peer_pass_at_8": before, **ends}
+
+
+def test_the_table_has_a_line_a_number_and_a_column_a_seed():
+    rows = [point(samples.OF_EXAMPLES, n, seed, 0.1 * seed, 0.5) for seed in (2, 1) for n in (500, 100)]
+    rows += [point(samples.OF_PROMPTS, n, 1, 0.1, 0.5) for n in (10, 1600)]
+    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in samples.table(rows).splitlines()]
+    assert told[0] == ["Worked examples", "", "Seed 1", "Seed 2", "Mean", "pass@8"]
+    assert told[2] == ["100", "cold start", "10.0% (0.0%–100.0%)", "20.0% (0.0%–100.0%)", "15.0%", "15.0%"]
+    assert [line[:2] for line in told[3:6]] == [
+        ["100", "after GRPO"],
+        ["500", "cold start"],
+        ["500", "after GRPO"],
+    ]
+    # The prompts' curve begins at the one cold start.
+    assert [line[:2] for line in told[-3:]] == [
+        ["10", "cold start"],
+        ["10", "after GRPO"],
+        ["1,600", "after GRPO"],
+    ]
+
+
+def test_what_was_examined_is_not_examined_again(tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"n": 5}')
+    assert examine_once(tmp_path, limit=5) == {"n": 5}
