@@ -111,7 +111,7 @@ def test_the_table_has_a_line_a_number_and_a_column_a_seed():
     ]
     # The prompts' curve begins at the one cold start.
     assert [line[:2] for line in told[-3:]] == [
-        ["10", "cold start"],
+        ["0", "cold start"],
         ["10", "after GRPO"],
         ["1,600", "after GRPO"],
     ]
