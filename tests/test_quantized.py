@@ -43,6 +43,7 @@ def logits(model):
         return model(torch.tensor([[5, 6, 7, 8, 20]])).logits
 
 
+@pytest.mark.slow
 def test_four_bits_are_learned_over_saved_and_merged(base, tmp_path, chat_tokenizer):
     model = load_model(base, quantize="nf4")
     linear = model.get_decoder().layers[0].mlp.up_proj

@@ -246,6 +246,7 @@ def test_a_model_reward_waits_for_its_function():
 # Workers
 
 
+@pytest.mark.slow
 def test_workers_score_as_the_process_itself_and_keep_the_order(functions):
     rewards = parse_rewards({"correct": 1.0, "format": 0.1, f"{functions}:slow_then_fast": 1.0})
     groups = [["slow", RIGHT], [RIGHT, WRONG], ["slow", "x"], [r"\boxed{4}", WRONG]]

@@ -391,6 +391,7 @@ def test_computer_algebra_is_not_imported_by_the_judge():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_child")
 def test_a_child_that_hangs_is_killed_and_the_next_answer_comes_from_a_new_one():
     slow = (r"\int_0^1 \sin(\sin(\sin(\sin(x^x))))\,dx", "18")
@@ -404,6 +405,7 @@ def test_a_child_that_hangs_is_killed_and_the_next_answer_comes_from_a_new_one()
         os.kill(first, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_child")
 def test_a_child_that_was_killed_from_outside_is_replaced():
     os.kill(child_pid(), signal.SIGKILL)
