@@ -16,6 +16,7 @@ gr = pytest.importorskip("gradio", reason="the page needs gradio")
 from quick import quick_grpo, quick_sft  # noqa: E402
 from scripted import scripted_model  # noqa: E402
 from test_app import shelf_of  # noqa: E402
+from visitor import Visitor, free_port, wait_until  # noqa: E402
 from written import jsonl, rollout, write_run  # noqa: E402
 
 import app  # noqa: E402 - after the check for gradio
@@ -72,12 +73,6 @@ def reply(prompt):
     return f"<think>Let me see: é 🧮, hm.</think><answer>heard: {question}</answer>"
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def outside():
     """Addresses outside this machine that the server's process tried to reach."""
@@ -124,45 +119,6 @@ def server(outside, model, folder):
     page.close(verbose=False)
 
 
-class Visitor:
-    """A browser window on the page, and what a person does in it."""
-
-    def __init__(self, browser, server):
-        self.context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
-        self.requests, self.dialogs = [], []
-        self.context.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
-        self.page.goto(server)
-        self.box = self.page.locator("#question textarea")
-        self.box.wait_for()
-
-    def ask(self, question):
-        self.box.fill(question)
-        self.box.press("Enter")
-
-    def see(self, text, count=1):
-        """Wait until the chat shows `text`."""
-        self.page.locator("#chat").get_by_text(text).nth(count - 1).wait_for(timeout=60_000)
-
-    def settled(self):
-        """Wait until no answer is being written."""
-        self.page.locator("#question .submit-button").wait_for(timeout=60_000)
-
-    def press(self, label, which=0):
-        self.page.get_by_label(label, exact=True).nth(which).click()
-
-    def answer(self, which=-1):
-        return self.page.locator("#chat [data-testid=bot]").nth(which).inner_text().strip()
-
-    def questions(self):
-        return [text.strip() for text in self.page.locator("#chat [data-testid=user]").all_inner_texts()]
-
-    def close(self):
-        self.context.close()
-
-
 @pytest.fixture
 def visit(browser, server):
     visitors = []
@@ -188,13 +144,6 @@ def prompt_of(model, question):
     """The one prompt in which `question` was asked last."""
     (prompt,) = {p for p in model.engine.prompts if p.endswith(f"[user] {question}\n[assistant] ")}
     return prompt
-
-
-def wait_until(holds, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def assert_stops_computing(model, prompt, seconds):

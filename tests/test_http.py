@@ -8,6 +8,7 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from visitor import free_port
 
 from inference import http
 from inference.http import get_json, post, post_json, stream_json
@@ -60,12 +61,6 @@ def serve():
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(http, "LONGEST_PAUSE_S", 0.01)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_what_is_posted_arrives_and_what_is_answered_comes_back(serve):

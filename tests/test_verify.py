@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from rewards import symbolic, verify
 from rewards.extraction import boxed, candidates
 from rewards.latex import parse
-from rewards.processes import Child, ChildDied, OutOfTime
 from rewards.verify import Verdict, is_correct, is_readable, judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -415,23 +414,6 @@ def test_a_child_that_was_killed_from_outside_is_replaced():
 
 
 @pytest.mark.slow
-def test_a_call_does_not_wait_for_a_child_that_is_slow_to_start(tmp_path, monkeypatch):
-    (tmp_path / "late.py").write_text(
-        "import time\nfrom rewards.processes import serve\ndef main():\n    time.sleep(1.5)\n    serve(str)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    child = Child("late", start_s=0.3)
-    began = time.monotonic()
-    with pytest.raises(OutOfTime):
-        child.request(18, 0.2)
-    assert time.monotonic() - began < 1.2
-    first = child.process.pid
-    assert child.request(18, 30.0) == "18"
-    assert child.process.pid == first, "it went on starting"
-    child.close()
-
-
-@pytest.mark.slow
 def test_texts_that_hang_do_not_hold_up_an_honest_one():
     slow = (r"\int_0^1 \sin(\sin(\sin(\sin(x^x))))\,dx", "18")
     with ThreadPoolExecutor(2) as threads:
@@ -442,65 +424,6 @@ def test_texts_that_hang_do_not_hold_up_an_honest_one():
         for child in symbolic._pool.children:
             child.close()
         assert [call.result() for call in hung] == [None, None]
-
-
-def test_the_memory_of_a_child_is_capped(tmp_path, monkeypatch):
-    (tmp_path / "hungry.py").write_text(
-        "from rewards.processes import serve\n"
-        "def answer(size):\n    return len(bytearray(size))\n"
-        "def main():\n    serve(answer)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    child = Child("hungry", memory_bytes=1024**3)
-    assert child.request(1000, 30.0) == 1000
-    with pytest.raises(ChildDied):
-        child.request(2 * 1024**3, 30.0)
-    assert child.request(1000, 30.0) == 1000
-    child.close()
-
-
-@pytest.mark.slow
-def test_waiting_for_a_busy_child_counts_against_the_deadline(tmp_path, monkeypatch):
-    (tmp_path / "sleepy.py").write_text(
-        "import time\nfrom rewards.processes import serve\ndef main():\n    serve(time.sleep)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    child = Child("sleepy")
-    child.request(0, 30.0)
-    with ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(child.request, 1.0, 30.0)
-        time.sleep(0.2)
-        start = time.monotonic()
-        with pytest.raises(OutOfTime):
-            child.request(0, 0.2)
-        assert time.monotonic() - start < 0.7
-        assert busy.result() is None
-    child.close()
-
-
-@pytest.mark.slow
-def test_a_busy_child_ends_with_its_parent(tmp_path, monkeypatch):
-    (tmp_path / "sleepy.py").write_text(
-        "import time\nfrom rewards.processes import serve\ndef main():\n    serve(time.sleep)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    code = (
-        "import os, signal, threading, time; from rewards.processes import Child\n"
-        "child = Child('sleepy'); child.request(0, 60.0)\n"
-        "threading.Thread(target=child.request, args=(60, 60.0)).start(); time.sleep(0.3)\n"
-        "print(child.process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
-    )
-    pid = int(done.stdout)
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        if "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
-            break
-        time.sleep(0.1)
-    else:
-        assert not Path(f"/proc/{pid}").exists()
 
 
 # -------------------------------------------------------------------------------------------------------
