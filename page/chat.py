@@ -1,6 +1,6 @@
 """The chat of the page: what one visitor asks and reads."""
 
-import tempfile
+import base64
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -156,6 +156,16 @@ def told(turn: Turn) -> str:
     return describe(turn.reading) + verdict
 
 
+def export_link(turns: Sequence[Turn]) -> str:
+    """A link that holds the finished answers as a file: nobody's conversation stays on the server's disk."""
+    if not (lines := feedback.lines(turns)):
+        return ""
+    encoded = base64.b64encode(lines.encode()).decode()
+    return (
+        f'<a download="conversation.jsonl" href="data:application/jsonl;base64,{encoded}">Export as JSONL</a>'
+    )
+
+
 def counted(votes: Sequence[Reading]) -> str:
     """How far the votes are that grow side by side."""
     are_in = sum(vote.finish_reason is not None for vote in votes)
@@ -219,7 +229,7 @@ class ChatPage:
         if conversation.is_answering:
             raise refusal("An answer is being written. Stop it first.")
         question = conversation.turns.pop().question if conversation.turns else ""
-        return self._messages(conversation), "", question
+        return self._messages(conversation), "", question, export_link(conversation.turns)
 
     def clear(self, conversation: Conversation):
         """The conversation starts over."""
@@ -242,12 +252,6 @@ class ChatPage:
         except OSError as error:
             raise refusal(f"The answer could not be kept: {error}") from error
         gr.Info(f"Kept in {file}.", duration=3)
-
-    def export(self, conversation: Conversation) -> str:
-        """The conversation as worked examples, in a file to download."""
-        file = Path(tempfile.mkdtemp()) / "conversation.jsonl"
-        file.write_text(feedback.lines(conversation.turns), encoding="utf-8")
-        return str(file)
 
     def answer(
         self,
@@ -340,13 +344,15 @@ class ChatPage:
         return [message for _, message in chat_messages(conversation.turns)]
 
     def _busy(self, conversation: Conversation, **textbox):
-        return self._messages(conversation), "", gr.Textbox(submit_btn=False, stop_btn=True, **textbox)
+        box = gr.Textbox(submit_btn=False, stop_btn=True, **textbox)
+        return self._messages(conversation), "", box, export_link(conversation.turns)
 
     def _idle(self, conversation: Conversation):
         return (
             self._messages(conversation),
             told(conversation.turns[-1]) if conversation.turns else "",
             gr.Textbox(submit_btn=True, stop_btn=False),
+            export_link(conversation.turns),
         )
 
     # The page
@@ -366,8 +372,11 @@ class ChatPage:
             )
             status = gr.Markdown(elem_id="status", container=False)
             question = question_box("Ask a question", elem_id="question", autofocus=True, max_lines=8)
+        export = gr.Markdown(
+            sanitize_html=False, latex_delimiters=[], elem_id="export"
+        )  # only a link of our own
 
-        shown = [bot, status, question]
+        shown = [bot, status, question, export]
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         started = [
             question.submit(self.send, [question, conversation], shown, **hidden),
@@ -391,8 +400,6 @@ class ChatPage:
             event.then(self.settle, conversation, shown, **hidden)
         question.stop(None, cancels=answering, **hidden)
         bot.like(self.like, conversation, None, **hidden)
-        export = gr.DownloadButton("Export as JSONL", size="sm", elem_id="export")
-        export.click(self.export, conversation, export, **hidden)
         bot.undo(self.undo, conversation, shown, **hidden)
         bot.clear(None, cancels=answering, **hidden).then(self.clear, conversation, shown, **hidden)
         gr.api(self.answer_once, api_name="ask", **engine)

@@ -493,8 +493,8 @@ def test_an_answer_is_liked_and_the_conversation_exported(visitor, folder):
     assert kept["question"] == "5 + 6 = ?"
     assert kept["completion"].startswith("<think>Let me see")
     with visitor.page.expect_download() as download:
-        visitor.page.locator("#export").click()
-        visitor.page.locator("#export").click()
+        visitor.page.get_by_text("Export as JSONL").click()
+    assert download.value.suggested_filename == "conversation.jsonl"
     assert json.loads(Path(download.value.path()).read_text(encoding="utf-8")) == kept
 
 

@@ -16,7 +16,7 @@ from data import load_problems  # noqa: E402
 from inference import SamplingParams  # noqa: E402
 from inference.chat import InTurn, Turn  # noqa: E402
 from page import feedback  # noqa: E402
-from page.chat import ChatPage, Conversation  # noqa: E402
+from page.chat import ChatPage, Conversation, export_link  # noqa: E402
 from page.checking import arithmetic, check  # noqa: E402
 from page.compare import ComparePage  # noqa: E402
 from page.runs import COLUMNS, RunsPage  # noqa: E402
@@ -60,7 +60,7 @@ def test_liked_answers_are_examples_that_the_cold_start_reads(tmp_path):
     quick = {"data": str(tmp_path / "liked.jsonl"), "eval_every": 0, "total_steps": 1, "warmup_steps": 0}
     assert train_sft(SFTConfig(output=str(tmp_path / "run"), **quick)) == 0
     cut = answered("long", "<think>" + "x" * 50, limit=20)
-    assert feedback.lines([cut]) == ""
+    assert feedback.lines([cut]) == export_link([cut]) == export_link([]) == ""
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_while_votes_are_awaited_nothing_else_is_taken_and_after_a_stop_those_th
     answer.close()
     assert model.engine.tokens == computed
     assert len(model.engine.closed) == 2
-    messages, _, _ = page.settle(conversation)
+    messages = page.settle(conversation)[0]
     assert not conversation.is_answering
     assert messages[-1].metadata["title"] == "Votes: 3 × 2"
 
