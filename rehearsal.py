@@ -3,10 +3,8 @@ begun. All of it is thrown away, in a folder of its own that is gone afterwards.
 """
 
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,8 +12,6 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate.utils import gather_object
 
 from batches import token_budget
@@ -78,36 +74,6 @@ def dry_run(
     return 1 if told.hopeless else 0
 
 
-@contextmanager
-def thrown_away(training: Any) -> Iterator[None]:
-    """Have everything as before afterwards, to the last bit: weights, optimizer, learning rate, position,
-    what a step hands to the next, random states. The copy waits on disk, where it takes no memory.
-    """
-    run, accelerator = training.run, training.accelerator
-    movers = [mover for mover in (run.optimizer, run.scheduler, accelerator.scaler) if mover is not None]
-    moving = [p for p in training.policy.parameters() if p.requires_grad]
-    if getattr(training.config, "ref_sync_steps", 0):
-        moving += training.reference.parameters()
-    owners = {"step": run, "drawn": run, "bad_in_a_row": run, "tokens": training.micro_batches}
-    plain = {name: getattr(owner, name) for name, owner in owners.items()}
-    memories, luck = (dict(run.memory), training.engine.memory), (random.getstate(), np.random.get_state())
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), TemporaryDirectory() as folder:
-        before = Path(folder) / "before.pt"
-        torch.save([[p.data for p in moving], [mover.state_dict() for mover in movers]], before)
-        yield
-        weights, states = torch.load(before, map_location="cpu", weights_only=True)
-    for parameter, weight in zip(moving, weights, strict=True):
-        parameter.data.copy_(weight)
-    for mover, state in zip(movers, states, strict=True):
-        mover.load_state_dict(state)
-    for name, owner in owners.items():
-        setattr(owner, name, plain[name])
-    run.memory, training.engine.memory = memories
-    random.setstate(luck[0])
-    np.random.set_state(luck[1])
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What is rehearsed
 
@@ -119,8 +85,8 @@ def rehearse_grpo(training: Any, take_step: TakeStep) -> Rehearsal:
         training: a `train_grpo.Training`.
         take_step: a step of it.
     """
-    config = training.config
-    with training.scorer, thrown_away(training):
+    config, done = training.config, training.run.step
+    with training.scorer:
         groups, asked_s = _timed(ask, training)
         (first, _), (second, step_s) = [_timed(take_step, training) for _ in range(2)]
         memory = _memory(training, take_step(at_the_limit(training)))
@@ -133,7 +99,7 @@ def rehearse_grpo(training: Any, take_step: TakeStep) -> Rehearsal:
     hopeless = [f.cause for f in found if f.cause in HOPELESS and f.cause not in spared]
     exam_s = len(training.held_out) * asked_s / (len(groups) * config.group_size)
     rows = [(span, ""), *_answers(groups, seen), *_asking(training, seen), *memory]
-    return Rehearsal(rows + _time(training, step_s, exam_s), found, hopeless)
+    return Rehearsal(rows + _time(config, done, step_s, exam_s), found, hopeless)
 
 
 def rehearse_sft(training: Any, take_step: TakeStep) -> Rehearsal:
@@ -143,15 +109,15 @@ def rehearse_sft(training: Any, take_step: TakeStep) -> Rehearsal:
         training: a `train_sft.Training`.
         take_step: a step of it.
     """
-    with thrown_away(training):
-        (first, _), (second, step_s) = [_timed(take_step, training) for _ in range(2)]
-        size = rows_of_two_parts(training) * training.accelerator.num_processes
-        by_length = sorted(training.examples, key=lambda e: len(e.prompt_ids) + len(e.completion_ids))
-        config = replace(training.config, examples_per_step=size)
-        longest = replace(training, config=config, examples=by_length[-size:])
-        memory = _memory(training, take_step(longest))
+    config, done = training.config, training.run.step
+    (first, _), (second, step_s) = [_timed(take_step, training) for _ in range(2)]
+    size = rows_of_two_parts(training) * training.accelerator.num_processes
+    by_length = sorted(training.examples, key=lambda e: len(e.prompt_ids) + len(e.completion_ids))
+    of_size = replace(config, examples_per_step=size)
+    memory = _memory(training, take_step(replace(training, config=of_size, examples=by_length[-size:])))
     found = _not_finite(first, second)
-    return Rehearsal(memory + _time(training, step_s), found, [finding.cause for finding in found])
+    rows = memory + _time(config, done, step_s)
+    return Rehearsal(rows, found, [finding.cause for finding in found])
 
 
 def ask(training: Any) -> list[Group]:
@@ -189,7 +155,8 @@ class ToTheLimit:
         """Repeat the prompt."""
         limit = params.max_completion_tokens
         for number, prompt in enumerate(prompts):
-            completion = Completion(list(islice(cycle(prompt), limit)), [-1.0] * limit, "length")
+            # Not cut, or --overlong mask would leave nothing to learn from.
+            completion = Completion(list(islice(cycle(prompt), limit)), [-1.0] * limit, "stop")
             for sample in range(n):
                 on_completion(number, sample, completion)
 
@@ -299,11 +266,11 @@ def _memory(training: Any, metrics: Mapping[str, float]) -> Rows:
     ]
 
 
-def _time(training: Any, step_s: float, exam_s: float | None = None) -> Rows:
-    """How long it will take and what that costs; an evaluation takes about `exam_s`: None for supervised
-    training, where nothing tells, and nothing is evaluated before the first step.
+def _time(config: Any, done: int, step_s: float, exam_s: float | None = None) -> Rows:
+    """How long it will take after `done` steps, and what that costs; an evaluation takes about `exam_s`: None
+    for supervised training, where nothing tells, and nothing is evaluated before the first step.
     """
-    config, done, total = training.config, training.run.step, training.config.total_steps
+    total = config.total_steps
     ends = {*range(config.eval_every, total, config.eval_every), total} if config.eval_every else set()
     exams = sum(step > done for step in ends) + bool(ends and done == 0 and exam_s is not None)
     hours = ((total - done) * step_s + exams * (exam_s or 0.0)) / 3600

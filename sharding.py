@@ -100,8 +100,6 @@ def refuse_unshardable(accelerator: Accelerator, config: Any) -> None:
         raise ValueError(f"a critic cannot be sharded; give --algo grpo, {REPLICATE}")
     if config.torch_compile:
         raise ValueError(f"torch_compile was never run on parts of weights; leave it out, {REPLICATE}")
-    if config.dry_run:
-        raise ValueError(f"dry_run keeps whole weights aside, got shards of them; {REPLICATE}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -126,7 +126,8 @@ def at_the_door() -> Iterator[None]:
 
 def run_script(main: Callable[[Any], int | None], parse: Callable[[], Any]) -> None:
     """Parse and run. A `UserError` prints one message and exits 2, a `RunStopped` or a server that is gone
-    (`ConnectionError`) one and exits 1; anything else that is raised is a bug of ours and shows itself.
+    (`ConnectionError`) one and exits 1, Ctrl-C where nothing is to be saved 130; anything else that is raised
+    is a bug of ours and shows itself.
 
     Args:
         main: takes the configuration and returns the exit code (None is 0).
@@ -139,6 +140,9 @@ def run_script(main: Callable[[Any], int | None], parse: Callable[[], Any]) -> N
     except (UserError, RunStopped, ConnectionError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
     raise SystemExit(code or 0)
 
 

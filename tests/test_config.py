@@ -240,6 +240,15 @@ def test_a_server_that_does_not_answer_is_one_line(is_at_the_door, code, capsys)
     assert capsys.readouterr().err.endswith("error: http://127.0.0.1:9/v1 gave no answer\n")
 
 
+def test_ctrl_c_where_nothing_is_to_be_saved_is_one_line(monkeypatch, capsys):
+    def main(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["/somewhere/train_x.py"])
+    assert run(main) == 130
+    assert capsys.readouterr().err == "\ntrain_x.py: stopped\n"
+
+
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, ZeroDivisionError])
 def test_a_bug_behind_the_door_shows_itself(kind):
     def main(config):
