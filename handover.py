@@ -43,7 +43,6 @@ def put_down_step(training: Any, hand: StepInHand) -> None:
         "tensors": hand.batch.tensors | {"advantages": hand.batch.advantages},
         "updates": hand.updates,
         "seconds": hand.seconds,
-        "knobs": laid_out_by(training.config),
     }
     training.run.memory["in_hand"] = gather_object([state])
 
@@ -60,12 +59,6 @@ def take_up_step(training: Any) -> StepInHand | None:
     batch.tensors = dict(state["tensors"])
     batch.advantages = batch.tensors.pop("advantages")
     return StepInHand(groups, fresh, batch, state["updates"], state["seconds"])
-
-
-def laid_out_by(config: Any) -> list[Any]:
-    """What a step in hand depends on: with other knobs it begins anew."""
-    names = ("group_size", "updates_per_rollout", "epochs_per_rollout", "replay_groups", "baseline")
-    return [getattr(config, name) for name in (*names, "kl_coef")]
 
 
 def collate_step(training: Any, fresh: list[Group]) -> RolloutBatch:
@@ -106,10 +99,9 @@ def restore_group(state: dict[str, Any]) -> Group:
 def take_over(run: Run, config: Any, critic: Any, reference: Any) -> None:
     """Begin `run.memory`, or take up what a checkpoint kept of it."""
     restored = run.memory
-    # Another run's checkpoint may be gone on from with other knobs: the configuration has the last word.
     run.memory = {
-        "kl_coef": restored.get("kl_coef", config.kl_coef) if config.kl_target else config.kl_coef,
-        "replay": restored.get("replay", [])[: config.replay_groups],
+        "kl_coef": restored.get("kl_coef", config.kl_coef),
+        "replay": restored.get("replay", []),
         "budget": restored.get("budget"),
         "sampler": restored.get("sampler"),
     }
@@ -119,8 +111,7 @@ def take_over(run: Run, config: Any, critic: Any, reference: Any) -> None:
                 f"resume: the checkpoint was left in the middle of a step of {len(in_hand)} processes; go on "
                 f"with as many, got {run.accelerator.num_processes}"
             )
-        if in_hand[0]["knobs"] == laid_out_by(config):
-            run.memory["in_hand"] = in_hand
+        run.memory["in_hand"] = in_hand
     moving = {"critic": critic, "reference": reference if config.ref_sync_steps else None}
     for name, module in moving.items():
         if module is not None:
