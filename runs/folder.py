@@ -35,9 +35,9 @@ from runs.checkpoint import (
     write_folder,
 )
 from runs.config import RunStopped, at_the_door, to_yaml
-from runs.lines import LINES, cut_lines, line_offsets
+from runs.lines import LINES, cut_lines, line_offsets, write_whole
 from runs.metrics import TRACKED, RunLog, start_trackers
-from runs.records import EVALUATION, read_best, read_rows
+from runs.records import EVALUATION, SETTINGS, read_best, read_rows, read_settings
 from runs.report import write_report
 from runs.signals import StopRequest
 from runs.watchdog import RUNAWAY, WINDOW, Watchdog
@@ -72,7 +72,6 @@ HARMLESS = {
 }
 # May differ besides where a checkpoint is named: what a run that went wrong is told to change.
 STEERING = {"learning_rate", "critic_learning_rate", "entropy_coef"}
-SETTINGS = "config.yaml"
 MOST_CHANGES = 8  # in a message
 
 
@@ -111,7 +110,12 @@ def open_run(config: Any) -> Start:
         return _start_from(Path(config.resume), config)
     if not (folder / SETTINGS).is_file():
         return Start(folder, None)
-    before = yaml.safe_load((folder / SETTINGS).read_text())
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is not None and not (checkpoint / SETTINGS).is_file():
+        raise _another_version(checkpoint)
+    if not (before := read_settings(folder)):
+        otherwise = f"{checkpoint} to go on" if checkpoint else "never to start over there"
+        raise ValueError(f"output {str(folder)!r}: its {SETTINGS} cannot be read; give --resume {otherwise}")
     if changes := _changes(before, config, HARMLESS):
         raise ValueError(
             f"output {str(folder)!r} holds a run with another configuration ({_list(changes)}); "
@@ -120,7 +124,6 @@ def open_run(config: Any) -> Start:
     is_finished = (folder / "final" / MANIFEST).is_file() and before["total_steps"] >= config.total_steps
     ends = ("target_accuracy", "patience")
     is_finished = is_finished and all(before.get(end) == getattr(config, end) for end in ends)
-    checkpoint = latest_checkpoint(folder)
     if checkpoint is None and list_checkpoints(folder):
         raise ValueError(
             f"output {str(folder)!r}: none of its checkpoints is whole; give --resume never to start over "
@@ -133,12 +136,12 @@ def open_run(config: Any) -> Start:
 def _start_from(checkpoint: Path, config: Any) -> Start:
     """Begin at the checkpoint that was asked for, of this run or of another with the same configuration."""
     damage = find_damage(checkpoint)
-    for name in (STATE, SETTINGS):
-        if damage is None and not (checkpoint / name).is_file():
-            damage = f"it holds a model but no {name}"
+    if damage is None and not (checkpoint / STATE).is_file():
+        damage = f"it holds a model but no {STATE}"
     if damage:
         raise FileNotFoundError(f"resume: {str(checkpoint)!r} is no whole checkpoint ({damage})")
-    before = yaml.safe_load((checkpoint / SETTINGS).read_text())
+    if not (before := read_settings(checkpoint)):
+        raise _another_version(checkpoint)
     if changes := _changes(before, config, HARMLESS | STEERING):
         raise ValueError(
             f"resume: {str(checkpoint)!r} was trained with another configuration ({_list(changes)}); give "
@@ -148,11 +151,31 @@ def _start_from(checkpoint: Path, config: Any) -> Start:
     return Start(Path(config.output), checkpoint, changes=tuple(_changes(before, config, HARMLESS)))
 
 
+def _another_version(checkpoint: Path) -> ValueError:
+    return ValueError(
+        f"resume: {str(checkpoint)!r} was written by another version of Ponder; begin another run from its "
+        f"weights: --model {checkpoint} and another --output"
+    )
+
+
 def write_run(start: Start, config: Any, model: Any = None) -> None:
     """Make the folder, with the configuration and the environment, and drop what is not of this run: all that
     an older one left if it begins afresh, or from another folder's checkpoint; else what came after the
     checkpoint, which would be taken for this run's when it is next resumed.
+
+    Raises:
+        ValueError: the disk is full, or not ours to write; what the checkpoints hold stays.
     """
+    try:
+        _write_run(start, config, model)
+    except OSError as error:
+        raise ValueError(
+            f"output {str(start.folder)!r} could not be written: {error}; make room, and the same command "
+            "goes on from what is saved there"
+        ) from error
+
+
+def _write_run(start: Start, config: Any, model: Any) -> None:
     checkpoints = start.folder / "checkpoints"
     start.folder.mkdir(parents=True, exist_ok=True)
     lock.take(start.folder)
@@ -175,8 +198,8 @@ def write_run(start: Start, config: Any, model: Any = None) -> None:
                 shutil.rmtree(start.folder / name, ignore_errors=True)
         for name in LINES:
             (start.folder / name).unlink(missing_ok=True)
-    (start.folder / SETTINGS).write_text(to_yaml(config))
-    (start.folder / "environment.json").write_text(json.dumps(environment(model), indent=1))
+    write_whole(start.folder / SETTINGS, to_yaml(config))
+    write_whole(start.folder / "environment.json", json.dumps(environment(model), indent=1))
 
 
 def environment(model: Any = None) -> dict[str, Any]:
@@ -241,21 +264,6 @@ def _list(changes: Sequence[str]) -> str:
     return "; ".join(changes[:MOST_CHANGES]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _refuse_other_optimizer(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """What moved other weights, or in another way, has nothing to go on with."""
-
-    def groups(state: dict[str, Any]) -> list[tuple[set[str], int]]:
-        parts = state.get("parts", [state])  # of Muon with AdamW
-        told = [group for part in parts for group in part["param_groups"]]
-        return [(set(group) - {"initial_lr"}, len(group["params"])) for group in told]
-
-    if groups(before) != groups(now):
-        raise ValueError(
-            f"resume: {str(checkpoint)!r} was trained by another optimizer, or other weights were: give the "
-            "--optimizer, --lora_rank, --baseline and --critic that its run had, or use it as a --model"
-        )
-
-
 class Run:
     """A run while it trains: log, checkpoints, best and final
     model. Every process holds one; the main one writes.
@@ -309,13 +317,8 @@ class Run:
         self.diverged: str | None = None
         state = load_state(start.checkpoint) if start.checkpoint is not None else None
         with at_the_door():
-            if state is not None:
-                if state.get("format") != FORMAT:
-                    raise ValueError(
-                        f"resume: {str(start.checkpoint)!r} was written by another version of Ponder; begin "
-                        f"another run from its weights: --model {start.checkpoint} and another --output"
-                    )
-                _refuse_other_optimizer(state["optimizer"], optimizer.state_dict(), start.checkpoint)
+            if state is not None and state.get("format") != FORMAT:
+                raise _another_version(start.checkpoint)
             if accelerator.is_main_process:
                 write_run(start, config, weights.policy.model)
         accelerator.wait_for_everyone()

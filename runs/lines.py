@@ -1,9 +1,26 @@
-"""The JSON lines of a run: appended whole, and cut back to what a checkpoint knew."""
+"""A run's text files, written whole; JSON lines, appended whole and cut back to what a checkpoint knew."""
 
 import os
 from pathlib import Path
 
 LINES = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl", "canaries.jsonl")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or leave what stood there.
+
+    Raises:
+        OSError: the disk is full, or not ours to write.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def append_whole(path: Path, data: bytes) -> None:

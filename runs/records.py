@@ -12,6 +12,7 @@ import yaml
 from runs import lock
 from runs.figures import is_reading
 
+SETTINGS = "config.yaml"
 EVALUATION = "evaluation.json"  # of best/
 ROLLOUT_BYTES = 1 << 20  # read of each end of rollouts.jsonl, which may hold gigabytes
 
@@ -87,9 +88,7 @@ class Record:
 
 def find_runs(folder: Path) -> list[Path]:
     """The runs in a folder and in its subfolders, the one that was written last at the end."""
-    found = [
-        path.parent for path in folder.rglob("environment.json") if (path.parent / "config.yaml").is_file()
-    ]
+    found = [path.parent for path in folder.rglob("environment.json") if (path.parent / SETTINGS).is_file()]
     return sorted(found, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
 
 
@@ -97,7 +96,7 @@ def read_run(folder: Path) -> Record:
     """Read what a run's folder holds."""
     metrics, broken_metrics = read_rows(folder / "metrics.jsonl")
     evaluations, broken_evaluations = read_rows(folder / "eval.jsonl")
-    config, environment = _read_yaml(folder / "config.yaml"), _read_json(folder / "environment.json")
+    config, environment = read_settings(folder), _read_json(folder / "environment.json")
     broken = broken_metrics + broken_evaluations
     return Record(folder, config, environment, metrics, evaluations, broken, read_best(folder))
 
@@ -107,8 +106,13 @@ def read_best(folder: Path) -> dict[str, Any] | None:
     return _read_json(folder / "best" / EVALUATION) or None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The configuration in the folder of a run or of a checkpoint; empty where none can be read."""
+    try:
+        settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

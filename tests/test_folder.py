@@ -14,7 +14,6 @@ import yaml
 from accelerate import Accelerator
 
 import runs.folder
-from optimizers import Muon
 from runs import lock
 from runs.checkpoint import MANIFEST, list_checkpoints, save_checkpoint, write_folder
 from runs.comparison import summary
@@ -245,9 +244,7 @@ def test_resume_from_what_is_no_checkpoint_is_refused(config, tmp_path):
     checkpoint = save(config.output, 1)
     (checkpoint / "model.safetensors").write_bytes(b"other")
     write_folder(tmp_path / "best", write_weights)
-    save_checkpoint(tmp_path / "checkpoints" / "step-000001", write_weights, {"step": 1}, keep=9)
     for path, why in (
-        (tmp_path / "checkpoints" / "step-000001", "holds a model but no config.yaml"),
         (checkpoint, "model.safetensors is not what was written"),
         (tmp_path / "nowhere", "no readable manifest"),
         (tmp_path / "best", "holds a model but no trainer_state"),
@@ -355,20 +352,6 @@ def test_a_run_goes_on_at_the_rate_that_it_is_asked_for(config, make_run, capsys
     train(first, 1)
     train(second, 1)
     assert second.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"] / 2
-
-
-def test_a_checkpoint_of_another_optimizer_is_refused_and_nothing_lost(config, make_run, tmp_path):
-    first = make_run(config)
-    train(first, 2)
-    first.checkpoint()
-    checkpoint = f"{config.output}/checkpoints/step-000002"
-    asked = dataclasses.replace(config, output=str(tmp_path / "other"), resume=checkpoint)
-    weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
-    for optimizer in (torch.optim.AdamW(weights[:1]), torch.optim.SGD(weights), Muon(weights, 1.0, 0.0)):
-        with pytest.raises(UserError, match=r"step-000002' was trained by another optimizer.* --optimizer"):
-            Run(open_run(asked), asked, Accelerator(), None, None, optimizer, None)
-    assert not (tmp_path / "other").exists()
-    assert make_run(asked).step == 2
 
 
 def test_bad_updates_in_a_row_are_counted_on_after_a_stop_and_anew_after_a_way_back(config, make_run):
@@ -538,6 +521,66 @@ def test_a_checkpoint_of_another_version_is_refused(config, make_run, monkeypatc
     monkeypatch.setattr(runs.folder, "FORMAT", -1)
     with pytest.raises(UserError, match="step-000001' was written by another version of Ponder"):
         make_run(config)
+
+
+@pytest.mark.parametrize("resume", ["auto", "PATH"])
+def test_a_checkpoint_of_before_is_not_taken_for_one_of_another_configuration(resume, config, make_run):
+    run = make_run(config)
+    train(run, 1)
+    run.checkpoint()
+    folder = Path(config.output) / "checkpoints" / "step-000001"
+    # As they were: less in the configuration, and no copy of it in the checkpoint.
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings.pop("patience")
+    settings.pop("learning_rate")
+    (Path(config.output) / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "config.yaml").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("config.yaml")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    lock.release(run.folder, os.getpid())
+    asked = dataclasses.replace(config, resume=str(folder) if resume == "PATH" else "auto")
+    with pytest.raises(ValueError, match="step-000001' was written by another version of Ponder.*--model"):
+        open_run(asked)
+
+
+@pytest.mark.parametrize("left", ["", "a: b\n c: ", "[1]"])
+def test_a_configuration_that_cannot_be_read_does_not_bar_the_way_to_the_checkpoints(left, config, make_run):
+    run = make_run(config)
+    train(run, 2)
+    lock.release(run.folder, os.getpid())
+    settings = Path(config.output) / "config.yaml"
+    settings.write_text(left)
+    with pytest.raises(ValueError, match="config.yaml cannot be read; give --resume never to start over"):
+        open_run(config)
+    run.checkpoint()
+    with pytest.raises(ValueError, match=r"cannot be read; give --resume .*/step-000002 to go on"):
+        open_run(config)
+    again = make_run(dataclasses.replace(config, resume=f"{config.output}/checkpoints/step-000002"))
+    assert again.step == 2
+    assert yaml.safe_load(settings.read_text())["learning_rate"] == config.learning_rate
+
+
+def test_a_start_on_a_full_disk_is_a_message_and_leaves_the_configuration_readable(
+    config, make_run, monkeypatch
+):
+    run = make_run(config)
+    train(run, 2)
+    run.checkpoint()
+    lock.release(run.folder, os.getpid())
+    before = (run.folder / "config.yaml").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("runs.lines.os.fsync", full)
+        with pytest.raises(UserError, match="could not be written: .*No space left.*goes on"):
+            make_run(config)
+    assert (run.folder / "config.yaml").read_bytes() == before
+    assert not list(run.folder.glob(".*"))
+    lock.release(run.folder, os.getpid())
+    assert make_run(config).step == 2
 
 
 def test_a_step_that_the_disk_did_not_take_is_not_said_to_be_saved(config, make_run, monkeypatch):
