@@ -28,15 +28,19 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()  # what was ever needed stays with it, for the next time
-    if sys.platform == "linux":
-        # Not getrusage: a program that a large one starts would be told its parent's peak there.
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
+    # Some sandboxes lack it. getrusage tells a program that a large one started its parent's peak.
+    if told := re.search(r"^VmHWM:\s+(\d+) kB", _status(), re.MULTILINE):
+        return int(told[1]) * 1024
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+
+
+def _status() -> str:
+    """What Linux tells of this process."""
+    return Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

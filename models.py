@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -148,7 +149,7 @@ def compile_updates(model: nn.Module) -> None:
             f"torch_compile is for models of the types {', '.join(LLAMA_FAMILY)}, got "
             f"{model.config.model_type}; leave it out"
         )
-    compiler = os.environ.get("CXX", "g++")
+    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]  # of "ccache g++" the first
     if shutil.which(compiler) is None:
         raise ValueError(f"torch_compile needs a C++ compiler, and {compiler} is not there; leave it out")
     compile_blocks(model)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -98,6 +99,8 @@ def test_a_compiled_run_moves_weights_as_another_and_goes_on(tmp_path):
 def test_what_cannot_be_compiled_is_refused_with_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match="torch_compile is for .*qwen3, got gpt2; leave it out"):
         compile_updates(build("gpt2", {}))
+    monkeypatch.setenv("CXX", f"{sys.executable} -such --words")
+    compile_updates(build("qwen2", {}))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and no-such-compiler is not there"):
         compile_updates(build("qwen2", {}))

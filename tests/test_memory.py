@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import memory
 from memory import free_memory, is_out_of_memory, peak_memory
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,10 @@ def test_an_update_in_too_little_memory_gives_the_same_gradient():
     assert float(distance) <= 1e-6
 
 
-def test_memory_is_counted_in_bytes():
+@pytest.mark.parametrize("status", [None, "VmSize: 12 kB\nVmRSS: 9 kB\n"], ids=["whole", "of a sandbox"])
+def test_memory_is_counted_in_bytes(status, monkeypatch):
+    if status:
+        monkeypatch.setattr(memory, "_status", lambda: status)
     device = torch.device("cpu")
     before = peak_memory(device)
     held = torch.ones(2**25)  # 128 MiB
