@@ -115,8 +115,8 @@ class Plan:
         lines = [f"{'memory of a step, MiB':<58}{'sampling':>11}{'learning':>11}{'stepping':>11}"]
         for name, note, *sizes in rows:
             cells = "".join(f"{size / MIB:>11,.0f}" if size else f"{'-':>11}" for size in sizes)
-            lines.append(f"  {name:<14}{note:<42}{cells}")
-        lines.append(f"  {'free':<14}{f'on {self.device.type}':<42}{self.free / MIB:>11,.0f}")
+            lines.append(f"  {name:<16}{note:<40}{cells}")
+        lines.append(f"  {'free':<16}{f'on {self.device.type}':<40}{self.free / MIB:>11,.0f}")
         return "\n".join(lines)
 
 
@@ -209,7 +209,14 @@ def _muon_workspace(model: nn.Module) -> float:
 # The table
 
 
-def plan_memory(config: Any, source: str, load: Load, device: torch.device, processes: int = 1) -> Plan:
+def plan_memory(
+    config: Any,
+    source: str,
+    load: Load,
+    device: torch.device,
+    processes: int = 1,
+    division: str | None = None,
+) -> Plan:
     """The table of a run.
 
     Args:
@@ -217,7 +224,9 @@ def plan_memory(config: Any, source: str, load: Load, device: torch.device, proc
         source: its model, or a checkpoint of it.
         load: of the step.
         device: to train on; what is free there bounds the cache.
-        processes: each holds everything; with several, the gradients a second time, to be exchanged.
+        processes: of the run.
+        division: what they share out, see `sharding.division_of`. Without one each holds everything, and of
+            several the gradients a second time, to be exchanged.
 
     Raises:
         FileNotFoundError: no such model.
@@ -225,8 +234,8 @@ def plan_memory(config: Any, source: str, load: Load, device: torch.device, proc
     model = empty_model(config, source)
     is_half = device.type == "cuda" and compute_dtype() != torch.float32
     free = free_memory(device)
-    case = Case(config, model, load, is_half, is_held_in_4_bits(config, source))
-    parts = _held(case, processes)
+    case = Case(config, model, load, is_half, is_held_in_4_bits(config, source), processes, division)
+    parts = _held(case) + _gathered(case)
     parts += _sampling(case, free - sum(part.sampling for part in parts))
     parts += _learning(case, token_budget(config.micro_batch_tokens, device))
     return Plan(parts, free, device)
@@ -242,6 +251,8 @@ class Case:
         load: of a step.
         is_half: products run in half precision, by autocast.
         in_4_bits: the frozen weights are held in nf4.
+        processes: of the run.
+        division: what they share out; None where each holds everything.
     """
 
     config: Any
@@ -249,6 +260,13 @@ class Case:
     load: Load
     is_half: bool
     in_4_bits: bool
+    processes: int
+    division: str | None
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts gradients and moments go, and weights unless it is zero2."""
+        return self.processes if self.division else 1
 
     @property
     def critic(self) -> str | None:
@@ -260,7 +278,8 @@ class Case:
         matrices = [
             p for p in _matrices(self.model) if p.requires_grad or not (self.in_4_bits or trained_only)
         ]
-        return self.is_half * 2 * sum(p.numel() for p in [*matrices, self.head])
+        is_cast = self.is_half and self.division not in ("fsdp2", "fsdp2_zero2")  # which gather halves
+        return is_cast * 2 * sum(p.numel() for p in [*matrices, self.head])
 
     @property
     def head(self) -> nn.Parameter:
@@ -274,24 +293,29 @@ class Case:
         return max(sizes, default=0) * (2 if self.is_half else 4)
 
 
-def _held(case: Case, processes: int) -> list[Part]:
+def _held(case: Case) -> list[Part]:
     """Weights and what belongs to each of them."""
-    config, model = case.config, case.model
+    config, model, shares = case.config, case.model, case.shares
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = optimizer_bytes(model, config.optimizer)
     form = "nf4, the rest float32" if case.in_4_bits else "float32"
-    parts = [Part.always("weights", f"{_millions(every)}, {form}", weight_bytes(model, case.in_4_bits))]
+    over = f", over {shares} processes" if shares > 1 else ""
+    whole = case.division == "zero2"
+    size = weight_bytes(model, case.in_4_bits) / (1 if whole else shares)
+    parts = [Part.always("weights", f"{_millions(every)}, {form}{'' if whole else over}", size)]
+    if whole:
+        parts.append(Part.always("moved weights", f"of {_millions(trained)}{over}", 4 * trained / shares))
     if case.critic == "separate":
         trunk = sum(p.numel() for p in model.get_decoder().parameters())
         parts.append(Part.always("critic", f"{_millions(trunk)}, float32", 4 * trunk))
         states += trunk * states / trained
         trained += trunk
-    gradients = 4 * trained
-    parts.append(Part("gradients", f"of {_millions(trained)}", 0, gradients, gradients))
-    if processes > 1:
-        parts.append(Part.always("exchange", f"gradients, between {processes} processes", gradients))
-    parts.append(Part.always("optimizer", config.optimizer, states))
+    gradients = 4 * trained / shares
+    parts.append(Part("gradients", f"of {_millions(trained)}{over}", 0, gradients, gradients))
+    if case.processes > shares:
+        parts.append(Part.always("exchange", f"gradients, between {case.processes} processes", gradients))
+    parts.append(Part.always("optimizer", f"{config.optimizer}{over}", states / shares))
     if getattr(config, "kl_coef", 0.0):
         is_adapter = config.lora_rank and not (Path(config.model) / ADAPTER).is_file()
         note = "the model without its adapter" if is_adapter else "a frozen copy, float32"
@@ -301,10 +325,24 @@ def _held(case: Case, processes: int) -> list[Part]:
     return parts
 
 
+def _gathered(case: Case) -> list[Part]:
+    """Of weights that are shared out: all of them to sample from, and those that an update computes with."""
+    if case.division in (None, "zero2"):
+        return []
+    every = sum(p.numel() for p in case.model.parameters())
+    around = {case.model.get_input_embeddings().weight, case.head}
+    blocks = every - sum(p.numel() for p in around)
+    # One block computes and the next is on its way; what is around them stays.
+    at_once = every - blocks + blocks * min(1, 2 / Shape.of(case.model).layers)
+    half = 2 if case.is_half else 4
+    in_update = {"fsdp2": half * at_once, "fsdp2_zero2": half * every, "zero3": 4 * at_once}
+    return [Part("gathered", "all weights; in an update some", half * every, in_update[case.division])]
+
+
 def _sampling(case: Case, room: float) -> list[Part]:
     """The cache, and what a token a row needs beside it."""
     load, shape, parts = case.load, Shape.of(case.model), []
-    if case.is_half:
+    if case.is_half and case.division in (None, "zero2"):
         parts.append(Part("half precision", "copies of what learns", case.half_bytes(trained_only=True)))
     elif case.config.lora_rank and not case.in_4_bits:
         layers = [module for module in case.model.modules() if hasattr(module, "lora_A")]
@@ -335,8 +373,7 @@ def _learning(case: Case, budget: int) -> list[Part]:
     kept = shape.kept_bytes(load, rows, case.is_half, is_packed, is_checkpointed, config.lora_dropout)
     kept += shape.backward_bytes(load, rows, case.is_half) + case.unpacked
     parts = [Part("activations", note, learning=kept * (1 + (case.critic == "separate")))]
-    if case.is_half:
-        copied = case.half_bytes(trained_only=is_checkpointed)
+    if copied := case.half_bytes(trained_only=is_checkpointed):
         parts.append(Part("half precision", "copies of matrices", learning=copied))
     return [*parts, _logits(case, rows * load.completion, shape.vocabulary, is_ours)]
 

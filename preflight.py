@@ -26,6 +26,7 @@ from prompts import (
 )
 from rewards import RewardSet, can_judge, needs_gold
 from runs.watchdog import Finding
+from sharding import division_of
 
 SHOWN = 3  # bad golds in a message
 LOOKED_AT = 64  # texts among which the longest prompt is looked for
@@ -183,7 +184,8 @@ def check_memory(config: Any, source: str, load: Load, accelerator: Accelerator)
         load: of a step.
         accelerator: of the run.
     """
-    plan = plan_memory(config, source, load, accelerator.device, accelerator.num_processes)
+    division = division_of(accelerator)
+    plan = plan_memory(config, source, load, accelerator.device, accelerator.num_processes, division)
     if config.dry_run:
         accelerator.print(plan)
     if plan.peak <= plan.free:
@@ -192,7 +194,8 @@ def check_memory(config: Any, source: str, load: Load, accelerator: Accelerator)
     remedy = "--gradient_checkpointing true, or a smaller --micro_batch_tokens"
     if plan.held > plan.free:
         needed = plan.held
-        remedy = "--lora_rank 16, --quantize nf4, --optimizer adamw_8bit, or a smaller model"
+        smaller = "more processes" if division else "--quantize nf4, --optimizer adamw_8bit"
+        remedy = f"--lora_rank 16, {smaller}, or a smaller model"
     text = f"a step takes {needed / MIB:,.0f} MiB, and {plan.free / MIB:,.0f} are free: {remedy}"
     tell(accelerator, [Finding("memory", text)])
 

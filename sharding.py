@@ -36,6 +36,17 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.is_fsdp2 or zero.stage_of(accelerator) is not None
 
 
+def division_of(accelerator: Accelerator) -> str | None:
+    """How a run shares out what it holds, by the name of the launcher's file that asks for it
+    (`configs/accelerate/`): fsdp2, fsdp2_zero2, zero2 or zero3; None where every process holds everything.
+    """
+    if stage := zero.stage_of(accelerator):
+        return f"zero{stage}"
+    if not accelerator.is_fsdp2:
+        return None
+    return "fsdp2" if accelerator.state.fsdp_plugin.reshard_after_forward else "fsdp2_zero2"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What was asked for
 

@@ -49,8 +49,8 @@ def config(model, **changes):
     return GRPOConfig(**{"model": model, "kl_coef": 0.0, "micro_batch_tokens": 600} | changes)
 
 
-def parts_of(settings, load=LOAD, processes=1):
-    made = plan_memory(settings, settings.model, load, CPU, processes)
+def parts_of(settings, load=LOAD, processes=1, division=None):
+    made = plan_memory(settings, settings.model, load, CPU, processes, division)
     return made, {part.name: part for part in made.parts}
 
 
@@ -160,6 +160,46 @@ def test_a_line_stands_for_what_a_configuration_asks_for(folder):
     assert critic["activations"].learning > 1.5 * plain["activations"].learning
     assert parts_of(config(folder), processes=2)[1]["exchange"].sampling == plain["gradients"].learning
     assert parts_of(config(folder, optimizer="muon"))[1]["workspace"].stepping > 0
+
+
+@pytest.mark.parametrize(
+    ("division", "weights", "moved"),
+    [("fsdp2", 1 / 8, 0), ("fsdp2_zero2", 1 / 8, 0), ("zero2", 1, 1 / 8), ("zero3", 1 / 8, 0)],
+)
+def test_what_processes_share_out_is_counted_in_parts(folder, division, weights, moved):
+    """The bytes of docs/scaling.md: 16 a parameter in parts, of ZeRO-2 4 more whole."""
+    whole = parts_of(config(folder))[1]
+    size = whole["weights"].sampling
+    made, parts = parts_of(config(folder), processes=8, division=division)
+    assert parts["weights"].sampling == weights * size
+    assert parts["gradients"].learning == size / 8
+    assert parts["optimizer"].stepping == 2 * size / 8
+    assert "exchange" not in parts
+    assert ("moved weights" in parts) == (moved > 0)
+    assert made.held == size * (weights + moved + 3 / 8)
+    if division == "zero2":
+        assert "gathered" not in parts
+        return
+    gathered = parts["gathered"]
+    assert gathered.sampling == size
+    assert (gathered.learning == size) == (division == "fsdp2_zero2")
+    assert gathered.learning > size / 2  # of 3 blocks 2, and the embeddings
+    assert parts["activations"].learning == whole["activations"].learning
+
+
+def test_half_precision_is_gathered_in_half_the_bytes(folder, monkeypatch):
+    monkeypatch.setattr(plan_module, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(plan_module, "free_memory", lambda device: 2**30)
+    settings = config(folder)
+    cuda = torch.device("cuda")
+    whole = {part.name: part for part in plan_memory(settings, folder, LOAD, cuda).parts}
+    for division, in_sampling in (("fsdp2", 0.5), ("fsdp2_zero2", 0.5), ("zero3", 0.5)):
+        parts = plan_memory(settings, folder, LOAD, cuda, 2, division).parts
+        (gathered,) = [part for part in parts if part.name == "gathered"]
+        assert gathered.sampling == in_sampling * whole["weights"].sampling
+        copies = sum(part.learning for part in parts if part.name == "half precision")
+        assert (copies > 0) == (division == "zero3")
+        assert not sum(part.sampling for part in parts if part.name == "half precision")
 
 
 def test_logits_that_are_more_than_a_product_are_planned_all_at_once(tmp_path, chat_tokenizer):

@@ -24,8 +24,8 @@ LOAD = Load(prompt=20, completion=40, limit=40, group_size=4, rows=32, sampled=3
 
 def accelerator():
     said = []
-    here = SimpleNamespace(device=torch.device("cpu"), num_processes=1, print=lambda it: said.append(str(it)))
-    return here, said
+    here = {"device": torch.device("cpu"), "num_processes": 1, "is_fsdp2": False}
+    return SimpleNamespace(**here, print=lambda it: said.append(str(it))), said
 
 
 @pytest.fixture
@@ -254,6 +254,18 @@ def test_memory_is_told_where_it_does_not_suffice(monkeypatch):
         if remedy:
             assert said[0].startswith("preflight: memory: a step takes")
             assert remedy in said[0]
+
+
+def test_processes_that_share_the_model_are_told_of_their_part(monkeypatch):
+    config = GRPOConfig(model=TINY, kl_coef=0.0, micro_batch_tokens=2000)
+    whole = plan.plan_memory(config, TINY, LOAD, torch.device("cpu"))
+    monkeypatch.setattr(plan, "free_memory", lambda device: int(whole.held / 8 - MIB))
+    here, said = accelerator()
+    here.num_processes, here.is_fsdp2 = 8, True
+    here.state = SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=True))
+    check_memory(config, TINY, LOAD, here)
+    assert said[0].endswith("free: --lora_rank 16, more processes, or a smaller model")
+    assert f"a step takes {whole.held / 8 / MIB:,.0f} MiB" in said[0]
 
 
 def test_a_dry_run_prints_the_table():

@@ -30,7 +30,7 @@ ROOMS = {
         *["batches", "inference.decoders", "inference.engine", "llama", "losses", "memory", "models"],
         *["optimizers", "tiny", "tokenizer"],
     ],
-    "preflight": ["data", "plan", "prompts", "rewards.*", "runs.watchdog"],
+    "preflight": ["data", "plan", "prompts", "rewards.*", "runs.watchdog", "sharding"],
     "figures": [],
     "answers": ["data", "exam", "runs.lines", "runs.records"],
     "exam": ["data", "figures", "inference", "prompts", "rewards.*", "runs.signals"],
