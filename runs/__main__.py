@@ -10,6 +10,7 @@ It reads the folders of runs, also while they train, and writes only the page th
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,8 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(aligned(compare_table(name_all(read_all(asked.runs)))))
         else:
             print(report(read_all(asked.runs), asked.to))
+        sys.stdout.flush()
     except UserError as error:
         parser.error(str(error))
+    except BrokenPipeError:  # `| head` has seen enough; what is not written yet shall not be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -207,3 +207,15 @@ def test_asking_pays_no_import_of_what_training_needs(tmp_path):
     root = Path(__file__).parent.parent
     told = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert told.stdout == "[]\n"
+
+
+def test_who_reads_the_first_lines_alone_is_told_no_more(tmp_path):
+    for number in range(40):
+        write_run(tmp_path / f"run-{number}")
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "runs", "list", str(tmp_path)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=root, text=True, **pipe) as asked:
+        asked.stdout.close()  # before anything is said
+        assert asked.stderr.read() == ""
+        assert asked.wait() == 0
