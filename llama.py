@@ -199,7 +199,8 @@ class Packing:
         """
         if self.mask is None:
             device, length = query.device.type, self.sees.shape[-1]
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+            is_cast = torch.is_autocast_enabled(device) and query.dtype != torch.float64  # which it leaves
+            dtype = torch.get_autocast_dtype(device) if is_cast else query.dtype
             # Rows that begin at multiples of 8 are what fast kernels of GPUs take without a copy.
             wide = query.new_zeros(*self.sees.shape[:-1], length + -length % 8, dtype=dtype)
             self.mask = wide[..., :length].masked_fill_(~self.sees, -torch.inf)

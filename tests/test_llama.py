@@ -81,9 +81,16 @@ def test_each_prompt_and_no_padding_goes_through_the_blocks():
     assert read == [sum(map(len, distinct)) + sum(max(len(c) - 1, 0) for c in COMPLETIONS)]
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_who_may_look_where_is_made_once_and_makes_no_bit_of_difference(half, monkeypatch):
-    policy = Policy(build("llama", {}).float()).train()
+@pytest.mark.parametrize(
+    ("weights", "half", "made_in"),
+    [
+        (torch.float32, False, torch.float32),
+        (torch.float32, True, torch.bfloat16),
+        (torch.float64, True, torch.float64),  # which autocast leaves alone
+    ],
+)
+def test_who_may_look_where_is_made_once_and_makes_no_bit_of_difference(weights, half, made_in, monkeypatch):
+    policy = Policy(build("llama", {}).to(weights)).train()
     batch = pad_batch(PROMPTS, COMPLETIONS, 0)
     made = []
 
@@ -104,7 +111,7 @@ def test_who_may_look_where_is_made_once_and_makes_no_bit_of_difference(half, mo
     assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
     assert len(made) == policy.model.config.num_hidden_layers > 1
     assert len({id(mask) for mask in made}) == 1
-    assert made[0].dtype == (torch.bfloat16 if half else torch.float32)
+    assert made[0].dtype == made_in
 
 
 def test_blocks_are_left_to_the_library_where_it_does_more():
