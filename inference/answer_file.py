@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import prompts
 from data import Problem
@@ -93,10 +93,7 @@ def answer_row(
     text += model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     parsed = prompts.parse_completion(text)
     return {
-        "question": problem.question,
-        **({"gold": problem.gold} if problem.gold else {}),
-        "model": model.name,
-        "sampling": sampling,
+        **asked_of(problem, model.name, sampling),
         "thought": parsed.thought,
         "answer": parsed.answer_text.strip() if parsed.answer is None else parsed.answer,
         "completion": text,
@@ -105,16 +102,30 @@ def answer_row(
     }
 
 
+def asked_of(problem: Problem, model_name: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    """What a line begins with, known before there is an answer."""
+    gold = {"gold": problem.gold} if problem.gold else {}
+    return {"question": problem.question, **gold, "model": model_name, "sampling": sampling}
+
+
 def count_answers(
     output: Path, problems: Sequence[Problem], model_name: str, sampling: dict[str, Any]
 ) -> int:
     """How many answers an output has from before; a last line that was not finished is taken off it.
 
     Raises:
-        UserError: its lines are no answers of this model to these problems, or were sampled otherwise.
+        UserError: its lines are no answers of this model to these problems, or were sampled otherwise; or its
+            last line, unfinished, does not begin as ours would.
     """
     if not output.exists():
         return 0
+
+    def refuse(number: int) -> NoReturn:
+        raise UserError(
+            f"{output}:{number} is no answer of {model_name} to that question of the input; "
+            "give another output"
+        )
+
     whole = output.read_bytes().rpartition(b"\n")
     lines = whole[0].splitlines()
     for number, line in enumerate(lines, start=1):
@@ -126,14 +137,16 @@ def count_answers(
         except (ValueError, LookupError, TypeError):
             is_ours = False
         if not is_ours:
-            raise UserError(
-                f"{output}:{number} is no answer of {model_name} to that question of the input; "
-                "give another output"
-            )
+            refuse(number)
         if other:
             told = ", ".join(f"{name} {before[name]!r}, now {sampling[name]!r}" for name in other)
             raise UserError(
                 f"{output}:{number} was answered with {told}; give the settings of then, or another output"
             )
-    os.truncate(output, len(whole[0]) + len(whole[1]))
+    if torn := whole[2]:
+        row = asked_of(problems[len(lines)], model_name, sampling) if len(lines) < len(problems) else {}
+        begins = json.dumps(row, ensure_ascii=False)[:-1].encode()
+        if os.path.commonprefix([torn, begins]) not in (torn, begins) or not row:
+            refuse(len(lines) + 1)
+        os.truncate(output, len(whole[0]) + len(whole[1]))
     return len(lines)

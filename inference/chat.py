@@ -343,6 +343,8 @@ class ChatConfig:
             raise ValueError(f"{' and '.join(given)} cannot be done at once; give one of them")
         if bool(self.input) != bool(self.output):
             raise ValueError("input and output belong together: questions and answers; give both")
+        if self.output and Path(self.output).resolve() == Path(self.input).resolve():
+            raise ValueError(f"output {self.output!r} is the input; give another file for the answers")
         if self.output and (Path(self.output).is_dir() or not Path(self.output).parent.is_dir()):
             raise ValueError(
                 f"output {self.output!r} cannot be written; give a file in a folder that is there"

@@ -73,7 +73,7 @@ def test_a_file_of_questions_is_answered_in_its_order(monkeypatch, problems_file
     assert "7/7" in told.err
 
 
-@pytest.mark.parametrize("torn", ["", '{"question": "2 + ü'])
+@pytest.mark.parametrize("torn", [0, 1, len('{"question": "2 + ü') + 1, 60, 400, -1])
 def test_what_was_answered_before_is_not_asked_again(monkeypatch, problems_file, torn):
     output = answer(monkeypatch, problems_file, Answering())
     whole = output.read_text()
@@ -83,8 +83,8 @@ def test_what_was_answered_before_is_not_asked_again(monkeypatch, problems_file,
     assert output.read_text() == "".join(
         whole.splitlines(keepends=True)[:2]
     )  # the fourth waits for the third
-    with output.open("a") as file:
-        file.write(torn)
+    with output.open("ab") as file:
+        file.write(whole.encode().splitlines()[2][:torn])  # bytes: a character may be cut, too
     engine = Answering()
     answer(monkeypatch, problems_file, engine)
     assert output.read_text() == whole
@@ -115,6 +115,27 @@ def test_an_output_of_other_answers_is_left_alone(monkeypatch, problems_file, li
     output.write_text(whole + whole.splitlines()[-1] + "\n")  # one more than asked
     with pytest.raises(UserError, match=f"{output}:8 is no answer|{output}:1 is no answer of another"):
         answer(monkeypatch, problems_file, Answering(), name=name)
+
+
+@pytest.mark.parametrize(
+    ("whole_lines", "tail"),
+    [
+        (0, '{"precious": 1}'),
+        (0, "notes without an end"),
+        (0, '{"question": "0 + ü = ?"}'),  # the input, or a copy of it
+        (0, '{"question": "1 + ü = ?", "model": "scripted"'),
+        (2, "precious"),
+        (7, '{"question": "7 + ü = ?"'),
+        (7, "{"),
+    ],
+)
+def test_an_unfinished_line_that_is_not_ours_is_left_alone(monkeypatch, problems_file, whole_lines, tail):
+    output = answer(monkeypatch, problems_file, Answering())
+    before = "".join(output.read_text().splitlines(keepends=True)[:whole_lines]) + tail
+    output.write_text(before)
+    with pytest.raises(UserError, match=f"{output}:{whole_lines + 1} is no answer .*give another output"):
+        answer(monkeypatch, problems_file, Answering())
+    assert output.read_text() == before
 
 
 @pytest.mark.parametrize(

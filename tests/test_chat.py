@@ -244,6 +244,7 @@ def test_the_demo_asks_what_fits_the_model(monkeypatch, capsys):
         ({"output": "a.jsonl"}, "input and output belong together"),
         ({"input": "a.jsonl", "output": "nowhere/b.jsonl"}, "output 'nowhere/b.jsonl' cannot be written"),
         ({"input": "a.jsonl", "output": "."}, "output '.' cannot be written"),
+        ({"input": "a.jsonl", "output": "tests/../a.jsonl"}, "output 'tests/../a.jsonl' is the input"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
         ({"seed": -1}, "seed must be >= 0"),
     ],
