@@ -21,12 +21,6 @@ from runs.records import read_rows
 SAMPLES = "samples.jsonl"
 
 
-def weights_stamp(model: str) -> list[Any]:
-    """Changes with a model folder's weights: names, sizes and times of its files; empty for a Hub name."""
-    files = sorted(Path(model).glob("*.safetensors"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
 def key_of(**asked: Any) -> str:
     """A short name for a way of asking."""
     return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()

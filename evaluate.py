@@ -26,14 +26,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from answers import AnswerBook, gaps, key_of, weights_stamp
+from answers import AnswerBook, gaps, key_of
 from choice import choose, parse_choosers, rate
 from data import Problem, load_problems
 from exam import Answer, hold_exam, summarise, worth_imitating
 from figures import bootstrap_interval, difference_interval, mcnemar, pass_at_k, wilson_interval
 from inference import Engine, SamplingParams
 from inference.engine import TorchEngine
-from inference.formats import reads_with_mlx
+from inference.formats import reads_with_mlx, weights_stamp
 from inference.search import group_answers
 from inference.server_engine import ServerEngine
 from models import load_model, load_reward_model, make_accelerator

@@ -132,14 +132,14 @@ def count_answers(
         try:
             row = json.loads(line)
             is_ours = (row["question"], row["model"]) == (problems[number - 1].question, model_name)
-            before = row["sampling"]
-            other = [name for name, value in sampling.items() if before[name] != value]
-        except (ValueError, LookupError, TypeError):
+            before = row.get("sampling", {})
+            other = [name for name, value in sampling.items() if before.get(name) != value]
+        except (ValueError, LookupError, TypeError, AttributeError):
             is_ours = False
         if not is_ours:
             refuse(number)
         if other:
-            told = ", ".join(f"{name} {before[name]!r}, now {sampling[name]!r}" for name in other)
+            told = ", ".join(f"{name} {before.get(name)!r}, now {sampling[name]!r}" for name in other)
             raise UserError(
                 f"{output}:{number} was answered with {told}; give the settings of then, or another output"
             )

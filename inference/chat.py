@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +22,7 @@ import prompts
 from data import read_problems
 from inference import Engine, SamplingParams, StreamedToken
 from inference.answer_file import answer_file
-from inference.formats import reads_with_mlx
+from inference.formats import reads_with_mlx, weights_stamp
 from inference.reading import CompletionReader, Reading
 from inference.search import Query, budget_stream
 from inference.server_engine import ServerEngine
@@ -296,6 +296,13 @@ HELP = (
 )
 
 
+# Of the settings; one file holds no answers of others.
+ANSWERS_DEPEND_ON = (
+    *("max_completion_tokens", "temperature", "top_p", "seed", "system_prompt"),
+    *("engine_url", "served_model"),
+)
+
+
 @dataclass(frozen=True)
 class ChatConfig:
     """What the chat is started with."""
@@ -501,7 +508,8 @@ def main(config: ChatConfig) -> None:
         served = (config.engine_url, config.served_model)
         model = load_chat_model(config.model, config.system_prompt, config.trust_remote_code, *served)
     if config.input:
-        sampling = asdict(params) | {"seed": config.seed, "system_prompt": config.system_prompt}
+        sampling = {name: getattr(config, name) for name in ANSWERS_DEPEND_ON}
+        sampling["weights"] = weights_stamp(config.model)
         answer_file(model, problems, params, sampling, Path(config.output))
     elif config.demo:
         for question in examples(model):

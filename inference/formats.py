@@ -1,8 +1,11 @@
-"""Which engine reads a model's folder: torch's, or mlx-lm's. Neither is imported to find out."""
+"""What a model's folder holds: for which engine, torch's or mlx-lm's, and which weights. Neither is imported
+to find out.
+"""
 
 import importlib.util
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -52,3 +55,9 @@ def require_whole(name: str) -> None:
             f"model {name!r} is an adapter, without the weights that it was trained on; merge them first, "
             f"where torch is: python export.py --run {name} --to {name}-merged --merge"
         )
+
+
+def weights_stamp(model: str) -> list[Any]:
+    """Changes with a model folder's weights: names, sizes and times of its files; empty for a Hub name."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -58,8 +58,8 @@ def test_a_file_of_questions_is_answered_in_its_order(monkeypatch, problems_file
         "question": "0 + ü = ?",
         "model": "scripted",
         "sampling": {
-            **{"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "self_certainty": False},
-            **{"max_completion_tokens": 512, "seed": 3, "system_prompt": None},
+            **{"max_completion_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 3},
+            **{"system_prompt": None, "engine_url": None, "served_model": None, "weights": []},
         },
         "thought": str(len(prompt.encode())),
         "answer": "0",
@@ -145,6 +145,8 @@ def test_an_unfinished_line_that_is_not_ours_is_left_alone(monkeypatch, problems
         ({"temperature": 0.5}, "temperature 0.0, now 0.5"),
         ({"max_completion_tokens": 9, "top_p": 0.9}, "max_completion_tokens 512, now 9, top_p 1.0, now 0.9"),
         ({"system_prompt": "Think."}, "system_prompt None, now 'Think.'"),
+        ({"engine_url": "http://h/v1"}, "engine_url None, now 'http://h/v1'"),
+        ({"engine_url": "http://h/v1", "served_model": "b"}, "now 'http://h/v1', served_model None, now 'b'"),
     ],
 )
 def test_answers_that_were_sampled_otherwise_are_not_mixed_with_new_ones(
@@ -154,9 +156,36 @@ def test_answers_that_were_sampled_otherwise_are_not_mixed_with_new_ones(
         answer(monkeypatch, problems_file, Answering(dies_after=3))
     output = problems_file.with_name("answers.jsonl")
     before = output.read_text()
-    with pytest.raises(UserError, match=f"{output}:1 was answered with {re.escape(told)}; give the settings"):
+    message = f"{output}:1 was answered with .*{re.escape(told)}; give the settings"
+    with pytest.raises(UserError, match=message):
         answer(monkeypatch, problems_file, Answering(), settings=changed)
     assert output.read_text() == before
+
+
+def test_answers_of_other_weights_are_not_mixed_with_new_ones(monkeypatch, problems_file, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "scripted" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"1")
+    with pytest.raises(KeyboardInterrupt):
+        answer(monkeypatch, problems_file, Answering(dies_after=3))
+    before = problems_file.with_name("answers.jsonl").read_text()
+    weights.write_bytes(b"12")
+    with pytest.raises(UserError, match=r"answers.jsonl:1 was answered with weights \[.* 1, .*now \[.* 2, "):
+        answer(monkeypatch, problems_file, Answering())
+    assert problems_file.with_name("answers.jsonl").read_text() == before
+
+
+def test_answers_that_do_not_tell_how_they_were_sampled_are_the_models_all_the_same(
+    monkeypatch, problems_file
+):
+    output = answer(monkeypatch, problems_file, Answering())
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    del rows[0]["sampling"]["weights"], rows[1]["sampling"]
+    for first, told in ((0, "weights None, now [];"), (1, "max_completion_tokens None, now 512, ")):
+        output.write_text(json.dumps(rows[first] | {"question": "0 + ü = ?"}) + "\n")
+        with pytest.raises(UserError, match=f"{output}:1 was answered with {re.escape(told)}"):
+            answer(monkeypatch, problems_file, Answering())
 
 
 def test_a_long_question_of_a_file_costs_the_others_nothing(monkeypatch, problems_file):

@@ -2,9 +2,10 @@
 
 import pytest
 
-from answers import AnswerBook, gaps, key_of, weights_stamp
+from answers import AnswerBook, gaps, key_of
 from data import Problem
 from exam import Answer
+from inference.formats import weights_stamp
 
 PROBLEMS = [Problem(f"{n} + 1 = ?", str(n + 1)) for n in range(4)]
 
