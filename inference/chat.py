@@ -170,7 +170,8 @@ class ChatModel:
         growing, shown_at = votes, -1.0
         if thinking_tokens is not None:
             query = Query(self.engine, self.tokenizer, messages, params)
-            seeds = [(*seed, vote) if vote else seed for vote in range(votes)]
+            # Not (*seed, vote): the parts of a budgeted completion are keyed so.
+            seeds = [(*seed, 0, vote) if vote else seed for vote in range(votes)]
             stream = _side_by_side([budget_stream(replace(query, seed=s), thinking_tokens) for s in seeds])
         elif votes == 1:
             stream = _side_by_side([self.engine.stream(prompt_ids, params, seed)])

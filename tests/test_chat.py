@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scripted import ByteTokenizer, scripted_model
 from test_reading import read
@@ -269,6 +270,19 @@ def test_a_missing_model_is_one_message_and_exit_code_2(monkeypatch, capsys):
 def test_the_chat_imports_without_torch():
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import inference.chat"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_no_two_parts_of_votes_whose_thoughts_are_closed_share_random_numbers():
+    def reply(prompt):
+        return "<answer>7</answer>" if prompt.endswith("</think>") else "<think>and so on and on"
+
+    model = scripted_model(reply)
+    *_, votes = model.stream_votes([Turn("q")], 3, SamplingParams(200), (7, 0), thinking_tokens=5)
+    assert [vote.thought for vote in votes] == ["and s"] * 3
+    keys = [(*seed, 0, 0) for seed in model.engine.seeds]  # as engines number prompt and sample
+    draws = {tuple(np.random.default_rng(key).integers(2**62, size=2)) for key in keys}
+    assert len(draws) == len(keys) == 6
+    assert model.engine.seeds[0] == (7, 0)  # the first vote begins as an answer without votes
 
 
 def test_a_budget_closes_thoughts_until_it_is_taken_back(monkeypatch):
