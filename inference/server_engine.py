@@ -10,13 +10,13 @@ import hashlib
 import itertools
 import math
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from inference import Completion, FinishReason, SamplingParams, StreamedToken, row_keys
 from inference.http import RefusedError, get_json, post_json, read_key, stream_json
@@ -42,6 +42,9 @@ class Piece:
     text: str
     token_ids: list[int] | None
     finish_reason: FinishReason | None
+
+
+Grown = TypeVar("Grown", Piece, StreamedToken)
 
 
 def request_seed(key: Sequence[int]) -> int:
@@ -106,21 +109,20 @@ class ServerEngine:
             ConnectionError: the server is gone, refused a prompt, or did not finish a completion.
         """
         results: list[list[Completion | None]] = [[None] * n for _ in prompts]
-        abandoned = threading.Event()
-        pool = ThreadPoolExecutor(PARALLEL)
-        try:
-            rows = {
-                pool.submit(self._complete, prompts[row // n], params, key, abandoned): row
-                for row, key in enumerate(row_keys(seed, len(prompts), n, first_prompt))
-            }
-            for future in as_completed(rows):
-                prompt, sample = divmod(rows[future], n)
-                results[prompt][sample] = future.result()
-                if on_completion:
-                    on_completion(prompt, sample, future.result())
-        finally:
-            abandoned.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        keys = row_keys(seed, len(prompts), n, first_prompt)
+        told: defaultdict[int, list[Piece]] = defaultdict(list)
+
+        def ask(row: int) -> Iterator[Piece]:
+            return self._pieces(prompts[row // n], params, keys[row], is_streamed=self._takes_tokens)
+
+        with closing(_as_they_come(len(keys), ask)) as arriving:
+            for row, piece in arriving:
+                told[row].append(piece)
+                if piece.finish_reason:
+                    prompt, sample = divmod(row, n)
+                    results[prompt][sample] = completion = self._completion(told.pop(row))
+                    if on_completion:
+                        on_completion(prompt, sample, completion)
         return results
 
     def stream(
@@ -137,33 +139,10 @@ class ServerEngine:
         Raises:
             ConnectionError: see `generate`.
         """
-        arrived: SimpleQueue[tuple[int, StreamedToken | Exception]] = SimpleQueue()
-        abandoned = threading.Event()
-
-        def ask(sample: int, key: tuple[int, ...]) -> None:
-            try:
-                with closing(self._tokens(prompt, params, key)) as tokens:
-                    for token in tokens:
-                        if abandoned.is_set():
-                            return
-                        arrived.put((sample, token))
-            except Exception as error:  # noqa: BLE001 - raised where the tokens are asked for
-                arrived.put((sample, error))
-
-        pool = ThreadPoolExecutor(PARALLEL)
-        try:
-            for sample, key in enumerate(row_keys(seed, 1, n)):
-                pool.submit(ask, sample, key)
-            growing = n
-            while growing:
-                sample, token = arrived.get()
-                if isinstance(token, Exception):
-                    raise token
-                growing -= token.finish_reason is not None
+        keys = row_keys(seed, 1, n)
+        with closing(_as_they_come(n, lambda row: self._tokens(prompt, params, keys[row]))) as arriving:
+            for sample, token in arriving:
                 yield [(sample, token)]
-        finally:
-            abandoned.set()
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _tokens(
         self, prompt: Sequence[int], params: SamplingParams, key: tuple[int, ...]
@@ -180,16 +159,7 @@ class ServerEngine:
                     last = self._tokenizer.eos_token_id if held is None else held
                     yield StreamedToken(last, math.nan, piece.finish_reason)
 
-    def _complete(
-        self, prompt: Sequence[int], params: SamplingParams, key: Sequence[int], abandoned: threading.Event
-    ) -> Completion | None:
-        """A whole completion; None where nobody waits for it any more."""
-        pieces = []
-        with closing(self._pieces(prompt, params, key, is_streamed=self._takes_tokens)) as arriving:
-            for piece in arriving:
-                if abandoned.is_set():
-                    return None
-                pieces.append(piece)
+    def _completion(self, pieces: Sequence[Piece]) -> Completion:
         told = [piece.token_ids for piece in pieces]
         token_ids = None if None in told else list(itertools.chain(*told))
         whole = Piece("".join(piece.text for piece in pieces), token_ids, pieces[-1].finish_reason)
@@ -316,6 +286,47 @@ class ServerEngine:
         text = self._tokenizer.eos_token + piece.text
         token_ids = self._tokenizer.encode(text, add_special_tokens=False)[1:]
         return [*token_ids, self._tokenizer.eos_token_id] if piece.finish_reason == "stop" else token_ids
+
+
+def _as_they_come(rows: int, ask: Callable[[int], Iterator[Grown]]) -> Iterator[tuple[int, Grown]]:
+    """What `ask` yields for each row up to its finish reason, with the row's number; `PARALLEL` at a time.
+
+    Where this is closed early, nobody waits for what a silent server still does, and neither does the process
+    to end: hence daemons, where the threads of a pool are joined.
+    """
+    waiting: SimpleQueue[int] = SimpleQueue()
+    arrived: SimpleQueue[tuple[int, Grown | Exception]] = SimpleQueue()
+    abandoned = threading.Event()
+
+    def work() -> None:
+        while not abandoned.is_set():
+            try:
+                row = waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                with closing(ask(row)) as growing:
+                    for grown in growing:
+                        if abandoned.is_set():
+                            return
+                        arrived.put((row, grown))
+            except Exception as error:  # noqa: BLE001 - raised where the rows are asked for
+                arrived.put((row, error))
+
+    for row in range(rows):
+        waiting.put(row)
+    for _ in range(min(rows, PARALLEL)):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        unfinished = rows
+        while unfinished:
+            row, grown = arrived.get()
+            if isinstance(grown, Exception):
+                raise grown
+            unfinished -= grown.finish_reason is not None
+            yield row, grown
+    finally:
+        abandoned.set()
 
 
 def with_tags(delta: dict[str, Any], is_thinking: bool) -> tuple[str, bool]:

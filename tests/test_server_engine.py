@@ -4,16 +4,18 @@ import copy
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 from openai_server import serving
+from scripted import ByteTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -311,6 +313,49 @@ def test_an_abandoned_batch_stops_the_computation(tiny, prompts):
         while server.closed < 2 and time.monotonic() < deadline:
             time.sleep(0.005)
         assert server.closed == 2
+
+
+LEAVES = """
+import sys
+from scripted import ByteTokenizer
+from inference import SamplingParams
+from inference.server_engine import ServerEngine
+
+def leave(*_):
+    raise KeyboardInterrupt
+
+engine = ServerEngine(sys.argv[1], ByteTokenizer(), "served")
+stream = engine.stream_group([2], 2, SamplingParams(9), (0,))
+next(stream)
+stream.close()
+try:
+    engine.generate([[1], [2]], 1, SamplingParams(9), (0,), on_completion=leave)
+except KeyboardInterrupt:
+    print("left")
+"""
+
+
+def test_a_silent_server_keeps_no_process_from_ending():
+    """A server may be silent for ten minutes; whoever stopped an answer is gone at once."""
+    speak = threading.Event()
+
+    class Silent:
+        def stream(self, prompt, params, seed):
+            yield StreamedToken(65, 0.0, "length" if params.max_completion_tokens == 1 else None)
+            if prompt == [2]:
+                yield StreamedToken(65, 0.0, None)  # the first is told when there is a second
+                speak.wait()
+            yield StreamedToken(256, 0.0, "stop")
+
+    with serving(Silent(), ByteTokenizer()) as server:
+        server.turn = nullcontext()  # who is silent keeps nobody else waiting
+        command = [sys.executable, "-c", LEAVES, server.url]
+        path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        try:
+            left = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, timeout=60)
+        finally:
+            speak.set()
+    assert (left.returncode, left.stdout) == (0, "left\n"), left.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------
