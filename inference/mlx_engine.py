@@ -206,8 +206,9 @@ class MLXEngine:
         """Yield, a step at a time, the rows that have grown; a row's number is prompt x n + sample."""
         limit = params.max_completion_tokens
         rows = [Row(number, params, key) for number, key in enumerate(keys)]
-        alone = [row for row in rows if self._outgrows(len(prompts[row.number // n]), limit)]
-        together = [row for row in rows if row not in alone]
+        together, alone = [], []
+        for row in rows:
+            (alone if self._outgrows(len(prompts[row.number // n]), limit) else together).append(row)
         if together:
             yield from self._grow_together(together, [prompts[row.number // n] for row in together], limit)
         for row in alone:  # mlx-lm's batches know no sinks
