@@ -3,10 +3,9 @@
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
 
 from inference import SamplingParams, StreamedToken
-from inference.chat import ChatModel
+from inference.chat import ChatModel, _side_by_side
 
 
 class ByteTokenizer:
@@ -70,16 +69,7 @@ class ScriptedEngine:
             raise
 
     def stream_group(self, prompt, n, params: SamplingParams, seed):
-        streams = {sample: self.stream(prompt, params, (*seed, 0, sample)) for sample in range(n)}
-        with ExitStack() as closes:
-            for stream in streams.values():
-                closes.enter_context(closing(stream))
-            while streams:
-                grown = [(sample, next(stream)) for sample, stream in streams.items()]
-                yield grown
-                for sample, token in grown:
-                    if token.finish_reason:
-                        del streams[sample]
+        yield from _side_by_side([self.stream(prompt, params, (*seed, 0, sample)) for sample in range(n)])
 
     def _compute(self) -> None:
         with self._lock:
