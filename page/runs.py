@@ -101,8 +101,9 @@ class RunsPage:
             chosen = gr.Dropdown(names, value=names[0] if names else None, label="Run", elem_id="run")
             which = gr.Dropdown(list(FILTERS), value="all", label="Rollouts", elem_id="which")
             # Not gr.Number, which takes no number for 0.
-            step = gr.Textbox("", label="Of step", placeholder="all", max_lines=1, elem_id="step")
-            group = gr.Textbox("", label="Of group", placeholder="all", max_lines=1, elem_id="group")
+            typed = {"placeholder": "all", "max_lines": 1, "max_length": 12}
+            step = gr.Textbox("", label="Of step", elem_id="step", **typed)
+            group = gr.Textbox("", label="Of group", elem_id="group", **typed)
         # Not gr.HTML, which evaluates strings as scripts, and the page's policy lets nobody do that. What is
         # ours alone stands outside the frame, and inside it nothing runs.
         report = gr.Markdown(sanitize_html=False, latex_delimiters=[], elem_id="report")
@@ -119,12 +120,11 @@ class RunsPage:
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         asked = [chosen, which, step, group]
         chosen.focus(lambda: gr.Dropdown(self.names()), None, chosen, **hidden)
-        # When the page is loaded, and then as runs go on.
-        for event in (None, chosen.change, gr.Timer(REFRESH_S).tick):
+        # None is when the page is loaded and whenever something asked with changes; then as runs go on.
+        for event in (None, gr.Timer(REFRESH_S).tick):
             gr.on(event, self.report, chosen, report, **hidden)
             gr.on(event, self.canaries, chosen, canaries, **hidden)
-        for event in (None, chosen.change, which.change, step.change, group.change):
-            gr.on(event, self.rollouts, asked, [table, rows], **hidden)
+        gr.on(None, self.rollouts, asked, [table, rows], **hidden)
         table.select(self.whole, rows, rollout, **hidden)
 
 

@@ -191,6 +191,31 @@ def test_canaries_are_shown_step_by_step(runs):
     ]
 
 
+@pytest.fixture
+def laid_out(runs):
+    """The page of runs as it is sent to a browser, and its parts by their names there."""
+    with gr.Blocks() as page:
+        runs.build()
+    return page, {block.elem_id: block for block in page.blocks.values() if getattr(block, "elem_id", None)}
+
+
+def test_whatever_happens_a_run_is_read_once_for_each_part(runs, laid_out):
+    page, parts = laid_out
+    read = [(fn.fn.__name__, target) for fn in page.fns.values() for target in fn.targets]
+    assert len(read) == len(set(read))
+    seen = {name: {event for reader, (_, event) in read if reader == name} for name, _ in read}
+    assert seen["report"] == seen["canaries"] == {"load", "change", "tick"}
+    assert seen["rollouts"] == {"load", "change"}
+    for part in ("run", "which", "step", "group"):
+        assert ("rollouts", (parts[part]._id, "change")) in read
+    assert [fn.trigger_mode for fn in page.fns.values() if fn.fn.__name__ == "rollouts"] == ["always_last"]
+
+
+def test_no_step_or_group_is_too_long_to_be_read_as_a_number(runs, laid_out):
+    longest = {part: "9" * (laid_out[1][part].max_length or 5000) for part in ("step", "group")}
+    assert runs.rollouts("first", "all", **longest) == ([], [])
+
+
 def test_the_answer_that_most_votes_give_wins_and_the_others_are_one_click_away():
     replies = iter(
         f"<think>chain {n}</think><answer>{a}</answer>"
