@@ -101,12 +101,11 @@ def hold_shared_exam(
     problems: Sequence[Problem],
     params: SamplingParams,
     seed: Sequence[int] = (0,),
-    check: Callable[[], None] = lambda: None,
 ) -> list[list[Answer]]:
     """Hold an exam with every process answering its share; all of them get all answers.
 
     Raises:
-        StepStopped: `check`, called with every answer, raised it on whatever process.
+        StepStopped: a process was told to stop.
     """
     size = math.ceil(len(problems) / accelerator.num_processes)
     first = accelerator.process_index * size
@@ -114,7 +113,7 @@ def hold_shared_exam(
     groups = None
     try:
         with accelerator.autocast():
-            groups = hold_exam(engine, tokenizer, share, params, 1, seed, first, check)
+            groups = hold_exam(engine, tokenizer, share, params, 1, seed, first)
     except StepStopped:
         pass
     told = gather_object([groups])

@@ -1,6 +1,6 @@
 """What a rollout is: groups of completions with their rewards, as tensors, in numbers and in lines."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from types import SimpleNamespace
@@ -66,7 +66,6 @@ def roll_out(
     config: Any,
     step: int,
     first_prompt: int,
-    check: Callable[[], None] = lambda: None,
 ) -> list[Group]:
     """Sample a group of completions for each problem; each
     is scored as it is complete, while others still generate.
@@ -79,7 +78,6 @@ def roll_out(
         config: a `train_grpo.GRPOConfig`.
         step: keys the random numbers, with the seed.
         first_prompt: the number of the first problem among all that the step asks.
-        check: called with every completion; raises where nobody wants the rest any more.
 
     Raises:
         RewardError: a reward broke its promise.
@@ -92,7 +90,6 @@ def roll_out(
     texts: dict[int, list[str]] = {}  # of the groups handed in, in that order
 
     def take(prompt: int, sample: int, completion: Completion) -> None:
-        check()
         group = groups[prompt]
         group[sample] = completion
         if None in group:

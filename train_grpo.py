@@ -393,7 +393,7 @@ def sample_step(training: Training) -> list[Group]:
             with run.weights.whole(compute_dtype()) as model, run.accelerator.autocast():
                 if config.engine == "vllm" and refill == 0:
                     training.sampler.push_weights(model)
-                sampled, broken = try_roll_out(*actors, config, run.step, number, run.stop.check)
+                sampled, broken = try_roll_out(*actors, config, run.step, number)
         except StepStopped:
             pass
         except EngineError as error:
@@ -532,8 +532,8 @@ def set_up(config: GRPOConfig, start: Start, accelerator: Accelerator) -> Traini
         attend_fast(sampled)
         engine = TorchEngine(sampled, tokenizer)
     engine.memory = run.memory["sampler"] or engine.memory
-    if servers:
-        servers.check = run.stop.check
+    for sampler in filter(None, (engine, servers)):
+        sampler.check = run.stop.check
     run.log.console.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
     return Training(
@@ -551,7 +551,7 @@ def work(training: Training) -> Iterator[Work]:
     def evaluate() -> None:
         asked = (training.accelerator, training.engine, training.tokenizer, held_out, greedy)
         with run.weights.whole(compute_dtype()):
-            groups = hold_shared_exam(*asked, check=run.stop.check)
+            groups = hold_shared_exam(*asked)
         run.evaluated("validation", summarise(groups), canary_rows(held_out, groups))
 
     with training.scorer:

@@ -193,6 +193,7 @@ def set_up(config: SFTConfig, start: Start, accelerator: Accelerator) -> Trainin
         attend_fast(sampled)
         engine = TorchEngine(sampled, tokenizer)
     run = Run(start, config, accelerator, weights, tokenizer, optimizer, scheduler)
+    engine.check = run.stop.check
     run.log.console.say(f"cold start of {config.model} on {config.data}: {told}")
     tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
     micro_batches = MicroBatches(accelerator, config.micro_batch_tokens, run.memory.get("budget"), run.stop)
@@ -210,7 +211,7 @@ def work(training: Training) -> AbstractContextManager[Work]:
     def evaluate() -> None:
         asked = (training.accelerator, training.engine, training.tokenizer, held_out, greedy)
         with run.weights.whole(compute_dtype()):
-            groups = hold_shared_exam(*asked, check=run.stop.check)
+            groups = hold_shared_exam(*asked)
         run.evaluated("validation", summarise(groups), canary_rows(held_out, groups))
 
     return nullcontext(Work(run, lambda: train_step(training), evaluate, evaluates_first=False))

@@ -102,7 +102,11 @@ def _merged(layers: list[nn.Module]) -> Iterator[None]:
 
 
 class TorchEngine:
-    """Samples from a causal language model; see `inference.Engine`."""
+    """Samples from a causal language model; see `inference.Engine`.
+
+    Attributes:
+        check: called before every token of a rollout; raises where nobody wants the rest any more.
+    """
 
     def __init__(
         self,
@@ -134,6 +138,7 @@ class TorchEngine:
         self.max_rows = MAX_ROWS  # halved where memory runs out
         # Are adapters merged for a rollout? Where a second copy of their weights fits; decided at the first.
         self.merges: bool | None = None
+        self.check: Callable[[], None] = lambda: None
         self.stop_token_ids = torch.tensor(stop_token_ids(model, tokenizer), device=model.device)
 
     @property
@@ -178,10 +183,12 @@ class TorchEngine:
             try:
                 with _evaluating(self.model), _merged(self._layers_to_merge()):
                     steps = self._decode(prompts, n, params, keys, rows)
-                    for row, completion in (ended for step in steps for ended in step.ended()):
-                        results[row // n][row % n] = completion
-                        if on_completion:
-                            on_completion(row // n, row % n, completion)
+                    for step in steps:
+                        self.check()
+                        for row, completion in step.ended():
+                            results[row // n][row % n] = completion
+                            if on_completion:
+                                on_completion(row // n, row % n, completion)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or (self.max_rows == 1 and not self.merges):
                     raise

@@ -108,7 +108,8 @@ class VLLMEngine:
 
     Attributes:
         pushed_s: seconds that the last hand-over took.
-        check: called every second in which no completion comes; raises where nobody wants the rest any more.
+        check: called with every completion, and every second in which none comes; raises where nobody wants
+            the rest any more.
     """
 
     def __init__(
@@ -269,10 +270,10 @@ class VLLMEngine:
     def _news(self, rollout: Rollout, working: int) -> Iterator[tuple[Row, Completion]]:
         """What threads have sampled, until so many have no more to do."""
         while working:
+            self.check()
             try:
                 new = rollout.news.get(timeout=PAUSE_S)
             except Empty:
-                self.check()
                 continue
             if isinstance(new, BaseException):
                 raise new

@@ -23,13 +23,12 @@ from batches import MicroBatches
 from credit import credit
 from data import Problem
 from inference import SamplingParams
-from inference.engine import TorchEngine
+from inference.engine import Seats, TorchEngine
 from models import Policy, make_accelerator
 from rewards import Scores
 from rollouts import Group, collate
 from runs.checkpoint import load_state
 from runs.folder import Run
-from runs.signals import StopRequest
 from sharding import Weights, prepare
 from tiny import build_tiny
 from train_grpo import GRPOConfig
@@ -112,7 +111,7 @@ def grpo(output):
 def stop_and_go_on(config, accelerator):
     """A run in which the last process alone is told to stop: while it samples, and then within an update."""
     for place, name, call, is_in_hand in (
-        (StopRequest, "check", 15, False),  # four answers, eight completions, and some of the next eight
+        (Seats, "write", 2 * 12 + 6, False),  # answers, completions, and some tokens of the next
         (updates, "micro_loss", 2, True),
     ):
         with pytest.MonkeyPatch.context() as patch:

@@ -7,8 +7,8 @@ from quick import lines, quick_grpo, quick_sft, same, weights
 
 import train_sft as train_sft_module
 import updates
+from inference.engine import Seats
 from runs.checkpoint import load_state
-from runs.signals import StopRequest
 from train_grpo import main as train_grpo
 from train_sft import main as train_sft
 
@@ -25,6 +25,7 @@ def stop_at(patch, place, name, call):
         return work(*arguments, **named)
 
     patch.setattr(place, name, told)
+    return calls
 
 
 def told(row):
@@ -47,8 +48,8 @@ PPO = {"algo": "ppo", "critic": "separate", "warmup_steps": 0, "micro_batch_toke
         (MINIBATCHES, updates, "micro_loss", 27, 1, 1),
         (MINIBATCHES | REPLAY, updates, "take_step", 7, 1, 3),
         (PPO, updates, "take_step", 7, 1, 3),
-        (MINIBATCHES, StopRequest, "check", 24, 1, None),  # the eighth completion of the second step
-        ({"algo": "dapo", "max_refills": 1, "updates_per_rollout": 2}, StopRequest, "check", 56, 1, None),
+        (MINIBATCHES, Seats, "write", 12 + 6, 1, None),  # the sixth token of the second step
+        ({"algo": "dapo", "max_refills": 1, "updates_per_rollout": 2}, Seats, "write", 3 * 12 + 6, 1, None),
     ],
 )
 def test_a_step_stopped_in_the_middle_goes_on_to_the_same_bits(
@@ -57,8 +58,9 @@ def test_a_step_stopped_in_the_middle_goes_on_to_the_same_bits(
     changes = {"eval_every": 0, "save_every": 9, **changes}
     assert train_grpo(quick_grpo(tmp_path / "whole", **changes)) == 0
     with monkeypatch.context() as patch:
-        stop_at(patch, place, name, call)
+        calls = stop_at(patch, place, name, call)
         assert train_grpo(quick_grpo(tmp_path / "run", **changes)) == 143
+    assert len(calls) == call  # at once
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == f"step-{steps:06d}"
     held = load_state(saved)["memory"].get("in_hand")
@@ -87,8 +89,8 @@ def test_an_evaluation_stopped_in_the_middle_is_held_again(tmp_path, monkeypatch
     changes = {"save_every": 9, "eval_every": 2, "total_steps": 3}
     assert train_grpo(quick_grpo(tmp_path / "whole", **changes)) == 0
     with monkeypatch.context() as patch:
-        # Eight answers before the first step, sixteen completions in each of two, and half of the next eight.
-        stop_at(patch, StopRequest, "check", 8 + 2 * 16 + 4)
+        # Twelve tokens before the first step, as many in each of two, and half of the next answers'.
+        stop_at(patch, Seats, "write", 3 * 12 + 6)
         assert train_grpo(quick_grpo(tmp_path / "run", **changes)) == 143
     assert [row["step"] for row in lines(tmp_path / "run" / "eval.jsonl")] == [0]
     assert train_grpo(quick_grpo(tmp_path / "run", **changes)) == 0
