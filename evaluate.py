@@ -44,9 +44,11 @@ from rewards.verify import same_answers
 from runs.comparison import aligned
 from runs.config import RunStopped, at_the_door, parse_config, require, run_script
 from runs.exam_report import GREEDY, exam_page, figure_rows, points
-from runs.folder import environment, require_writable
+from runs.folder import SETTINGS, environment, require_writable
 from runs.page import write_page
 from tokenizer import asking, load_tokenizer
+
+REWARDS = {"format": 1.0, "repetition": -0.1}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class EvaluateConfig:
     """Of the sampled answers."""
     seed: int = 0
     """Of the sampled answers."""
-    rewards: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "repetition": -0.1})
+    rewards: dict[str, float] = field(default_factory=REWARDS.copy)
     """What chooses the best of a problem's samples: weight by name, as in training. Only rewards that need
     no answer; none of them is shown one."""
     shuffle_seed: int | None = None
@@ -125,16 +127,14 @@ class EvaluateConfig:
             require(self, "limit", at_least=1)
         if self.contaminated == "drop" and not self.train_data:
             raise ValueError("contaminated drop needs the training problems; give --train_data")
-        if self.output:
-            require_writable(Path(self.output), "output")
         if self.engine_url and self.baseline:
             raise ValueError("engine_url answers for one model; measure the baseline in a run of its own")
+        if self.baseline and Path(self.baseline).absolute() == Path(self.model).absolute():
+            raise ValueError(f"baseline {self.baseline!r} is the model itself; give another --baseline")
         if self.served_model and not self.engine_url:
             raise ValueError("served_model is a name on a server; give engine_url, too")
-        for name in ("json", "write_sft"):
-            file = getattr(self, name)
-            if file and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-                raise ValueError(f"{name} {file!r} cannot be written; give a file in a folder that is there")
+        if self.rewards != REWARDS and not self.samples:
+            raise ValueError("rewards choose among sampled answers, got samples 0; give --samples 8")
         if self.write_sft and not self.samples:
             raise ValueError("write_sft needs sampled answers, got samples 0; give --samples 16")
         if self.write_sft and self.split != "train":
@@ -142,6 +142,23 @@ class EvaluateConfig:
                 f"write_sft needs --split train, got {self.split!r}: examples from held-out problems would "
                 "make every later score on them worthless"
             )
+        self._require_places()
+
+    def _require_places(self) -> None:
+        """Refuse where nothing could be written, or what is there would be lost."""
+        if self.output:
+            require_writable(Path(self.output), "output")
+            if (Path(self.output) / SETTINGS).exists():
+                raise ValueError(
+                    f"output {self.output!r} holds a run, whose report.html would be lost; "
+                    "give another --output"
+                )
+        for name in ("json", "write_sft"):
+            file = getattr(self, name)
+            if file and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+                raise ValueError(f"{name} {file!r} cannot be written; give a file in a folder that is there")
+            if file:
+                require_writable(Path(file).parent, name)
 
 
 @dataclass(frozen=True)

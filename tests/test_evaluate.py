@@ -1,6 +1,7 @@
 """What an evaluation tells of answers made by hand, and that it goes on where it was stopped."""
 
 import json
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -110,6 +111,39 @@ def test_problems_of_the_training_data_are_counted_or_left_out(tmp_path):
     assert shuffled == again[:5] != load_exam(EvaluateConfig(**ask))[0][:5]
     with pytest.raises(ValueError, match="--train_data"):
         EvaluateConfig(model="m", contaminated="drop")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# At the door
+
+
+@pytest.mark.parametrize("other", ["m", "./m/", "ABSOLUTE"])
+def test_a_model_is_not_measured_beside_itself(tmp_path, monkeypatch, other):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    with pytest.raises(ValueError, match="baseline 'm' is the model itself; give another"):
+        EvaluateConfig(model=other.replace("ABSOLUTE", str(tmp_path / "m")), baseline="m")
+    EvaluateConfig(model="m", baseline="m2")
+
+
+def test_a_run_keeps_its_report(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: m\n")
+    with pytest.raises(ValueError, match="output .* holds a run, whose report.html .* another --output"):
+        EvaluateConfig(model="m", output=str(tmp_path))
+    EvaluateConfig(model="m", output=str(tmp_path / "exam"))
+
+
+@pytest.mark.parametrize("name", ["json", "write_sft"])
+def test_a_file_in_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # nobody's modes keep root out
+    with pytest.raises(ValueError, match=f"{name} .* cannot be written: .* not yours to write; give another"):
+        EvaluateConfig(model="m", split="train", samples=1, **{name: str(tmp_path / "file")})
+
+
+def test_rewards_that_would_rate_nothing_are_refused():
+    with pytest.raises(ValueError, match="rewards choose among sampled answers, got samples 0"):
+        EvaluateConfig(model="m", rewards={"model:judge": 1.0})
+    EvaluateConfig(model="m", rewards={"model:judge": 1.0}, samples=2)
 
 
 class Dies(Exception):
