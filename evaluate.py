@@ -253,7 +253,12 @@ def examine(
 
         def keep(number: int, answers: list[Answer]) -> None:
             known[number] = answers
-            book.keep(key, number, problems[number], answers, model=name, kind=kind)
+            try:
+                book.keep(key, number, problems[number], answers, model=name, kind=kind)
+            except OSError as error:
+                raise RunStopped(
+                    f"{book.file} could not be written ({error}); free some space, the same command goes on"
+                ) from error
 
         done = n * sum(number in known for number in range(first, stop))
         if not bar.disable:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ from evaluate import (
 from exam import Answer
 from inference import Completion
 from rewards.scorer import Scorer
+from runs.config import RunStopped
 
 
 def answer(correct, extracted="1", tokens=3):
@@ -168,17 +171,23 @@ class Engine:
                 on_completion(prompt, sample, Completion(ids, [0.0] * len(ids), "stop"))
 
 
-def test_an_evaluation_that_was_stopped_goes_on_and_tells_the_same(tmp_path, monkeypatch, tiny):
-    tokenizer = tiny[1]
+@pytest.fixture
+def ask(monkeypatch, tiny):
+    """Lets an engine answer six problems, as one process; takes the book's folder and changed settings."""
     monkeypatch.setattr(evaluate, "gather_object", lambda told: told)
     problems = [Problem(f"{n}?", str(n)) for n in range(6)]
-    config = EvaluateConfig(model="m", samples=2)
     alone = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, autocast=nullcontext)
 
-    def ask(engine, folder):
+    def ask(engine, folder, **changes):
+        config = EvaluateConfig(model="m", samples=2, **changes)
         with Scorer(parse_choosers(config.rewards)) as scorer:
-            return examine(config, "m", engine, tokenizer, problems, alone, AnswerBook(folder), scorer)
+            return examine(config, "m", engine, tiny[1], problems, alone, AnswerBook(folder), scorer)
 
+    return ask
+
+
+def test_an_evaluation_that_was_stopped_goes_on_and_tells_the_same(tmp_path, tiny, ask):
+    tokenizer = tiny[1]
     whole = Engine(tokenizer, 99)
     expected = ask(whole, None)
     first, second = Engine(tokenizer, 6 + 5), Engine(tokenizer, 99)
@@ -194,3 +203,20 @@ def test_an_evaluation_that_was_stopped_goes_on_and_tells_the_same(tmp_path, mon
     assert expected.figures["accuracy_sampled"] == 0.5
     assert expected.earned == [[1.0, 1.0]] * 6  # both are well formed, so it is the first, which is right
     assert expected.figures["best_of_n"] == 1.0
+
+
+def test_a_full_disk_ends_an_evaluation_with_what_to_do(tmp_path, tiny, ask):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(RunStopped, match=r"samples.jsonl .*File too large.*; free some space, the same"):
+            ask(Engine(tiny[1], 99), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    kept = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert 1 <= len(kept) < 6
+    second = Engine(tiny[1], 99)
+    ask(second, tmp_path)
+    assert len(second.asked) == (6 - len(kept)) + 6 * 2
