@@ -12,7 +12,6 @@ from exam import Answer
 from prompts import render_prompt
 from rewards import RewardSet, parse_rewards, required_columns
 from rewards.scorer import Scorer
-from rewards.verify import final_answer
 
 # All that they are told, besides what they may log.
 TOLD = ("prompts", "questions", "completion_ids", "group_size", "max_completion_tokens")
@@ -71,6 +70,9 @@ def rate(
 
 
 def choose(answers: Sequence[Answer], earned: Sequence[float]) -> int:
-    """The place of the answer that earned most among those that say something, the first of equals."""
-    says = [final_answer(answer.completion) is not None for answer in answers]
+    """The place of the answer that earned most among those that give an answer, the first of equals.
+
+    Whether one does, the strict judge's extraction says: it reads the completion alone, and not the gold.
+    """
+    says = [answer.extracted is not None for answer in answers]
     return max(range(len(answers)), key=lambda place: (says[place], earned[place], -place))

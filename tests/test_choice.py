@@ -9,7 +9,7 @@ from scripted import ByteTokenizer
 from choice import TOLD, choose, parse_choosers, rate
 from data import Problem
 from exam import Answer
-from rewards import fill_slots
+from rewards import fill_slots, judge_problem
 from rewards.scorer import Scorer
 
 GOLD = "the gold 4711"
@@ -91,13 +91,19 @@ def test_a_reward_that_needs_the_answer_or_the_data_is_refused(functions, name, 
 
 
 def test_the_best_paid_answer_is_chosen_among_those_that_say_something():
-    says, says_not = answer("<answer>3</answer>"), answer("<think>")
+    says, says_not = answer("<answer>3</answer>"), replace(answer("I see 42 birds"), extracted=None)
     assert choose([says, says, says], [0.1, 0.3, 0.2]) == 1
     assert choose([says, says, says], [0.3, 0.3, 0.3]) == 0
     assert choose([says_not, says], [9.0, -9.0]) == 1
     assert choose([says_not, says_not], [1.0, 2.0]) == 1
-    # What the judge took as the answer, knowing the gold, is not looked at.
-    assert choose([replace(says_not, extracted="3"), replace(says, extracted=None)], [0.0, 0.0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "extracted"), [("<answer>3</answer>", "3"), ("I see 42 birds", None), ("<think>", None)]
+)
+@pytest.mark.parametrize("columns", [{}, {"numbers": [1, 2], "target": 3}], ids=["gold", "countdown"])
+def test_whether_a_completion_gives_an_answer_does_not_depend_on_the_gold(text, extracted, columns):
+    assert {judge_problem(text, gold, columns).extracted for gold in ("3", "42", "x")} == {extracted}
 
 
 def test_rewards_of_every_kind_are_asked(functions):
