@@ -36,37 +36,30 @@ def parse_choosers(spec: Mapping[str, float]) -> RewardSet:
     return reward_set
 
 
-def rate(
-    scorer: Scorer,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    groups: Sequence[Sequence[Answer]],
-    max_completion_tokens: int,
-) -> list[list[float]]:
-    """What each answer earns, a list a problem.
+def hand_in(
+    scorer: Scorer, tokenizer: Any, problem: Problem, answers: Sequence[Answer], max_completion_tokens: int
+) -> None:
+    """Hand a problem's answers to the scorer; its results' totals are what each earns.
 
     Args:
         scorer: of `parse_choosers`' rewards.
         tokenizer: of the model; a completion's tokens are those of its text, read again.
-        problems: that were asked.
-        groups: the answers to each.
+        problem: that was asked.
+        answers: to it.
         max_completion_tokens: the limit under which they were given.
 
     Raises:
-        RewardError: a reward broke its promise.
+        RewardError: a reward broke its promise, for answers that were handed in before.
     """
-    for problem, answers in zip(problems, groups, strict=True):
-        texts = [answer.completion for answer in answers]
-        prompt = render_prompt(tokenizer, problem.question)
-        columns = {
-            "prompts": [prompt] * len(texts),
-            "questions": [problem.question] * len(texts),
-            "completion_ids": [tokenizer.encode(text, add_special_tokens=False) for text in texts],
-            "group_size": len(texts),
-            "max_completion_tokens": max_completion_tokens,
-        }
-        scorer.submit(texts, columns)
-    return [scores.total for scores in scorer.results()]
+    texts = [answer.completion for answer in answers]
+    columns = {
+        "prompts": [render_prompt(tokenizer, problem.question)] * len(texts),
+        "questions": [problem.question] * len(texts),
+        "completion_ids": [tokenizer.encode(text, add_special_tokens=False) for text in texts],
+        "group_size": len(texts),
+        "max_completion_tokens": max_completion_tokens,
+    }
+    scorer.submit(texts, columns)
 
 
 def choose(answers: Sequence[Answer], earned: Sequence[float]) -> int:

@@ -17,7 +17,7 @@ import random
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from answers import AnswerBook, gaps, key_of
-from choice import choose, parse_choosers, rate
+from choice import choose, hand_in, parse_choosers
 from data import Problem, load_problems
 from exam import Answer, hold_exam, summarise, worth_imitating
 from figures import bootstrap_interval, difference_interval, mcnemar, pass_at_k, wilson_interval
@@ -243,8 +243,15 @@ def examine(
     pause_s = 0.1 if sys.stderr.isatty() else 30.0  # a file is not drawn over
     shown = {"mininterval": pause_s, "maxinterval": pause_s, "disable": not accelerator.is_main_process}
     bar = tqdm(total=total, desc=name, unit="answer", dynamic_ncols=True, **shown)
+    handed: list[int] = []  # problems, in the order in which their samples went to the scorer
 
-    def ask(kind: str, temperature: float, n: int) -> list[list[Answer]]:
+    def rate(number: int, answers: list[Answer]) -> None:
+        handed.append(number)
+        hand_in(scorer, tokenizer, problems[number], answers, config.max_completion_tokens)
+
+    def ask(
+        kind: str, temperature: float, n: int, take: Callable[[int, list[Answer]], None] = lambda *group: None
+    ) -> list[list[Answer]]:
         params = SamplingParams(config.max_completion_tokens, temperature)
         form = {"prompt": render_prompt(tokenizer, ""), "params": asdict(params), "n": n, "seed": config.seed}
         served = {"url": config.engine_url, "served": config.served_model}
@@ -259,8 +266,12 @@ def examine(
                 raise RunStopped(
                     f"{book.file} could not be written ({error}); free some space, the same command goes on"
                 ) from error
+            take(number, answers)
 
-        done = n * sum(number in known for number in range(first, stop))
+        there = [number for number in range(first, stop) if number in known]
+        for number in there:
+            take(number, known[number])
+        done = n * len(there)
         if not bar.disable:
             bar.initial += done  # it took no time, and tells nothing of how much is left
         bar.update(done)
@@ -269,16 +280,15 @@ def examine(
             hold_exam(engine, tokenizer, *asked, on_answer=bar.update, on_group=keep)
         return [known[number] for number in range(first, stop)]
 
-    earned: list[list[float]] = []
-    with bar, accelerator.autocast():
-        greedy = ask("greedy", 0.0, 1)
-        sampled = ask("sampled", config.temperature, config.samples) if config.samples else []
-        if sampled:
-            try:
-                asked = problems[first:stop]
-                earned = rate(scorer, tokenizer, asked, sampled, config.max_completion_tokens)
-            except RewardError as error:
-                raise RunStopped(f"{error}. Mend the function") from error
+    try:
+        with bar, accelerator.autocast():
+            greedy = ask("greedy", 0.0, 1)
+            sampled = ask("sampled", config.temperature, config.samples, rate) if config.samples else []
+            paid = dict(zip(handed, (scores.total for scores in scorer.results()), strict=True))
+    except RewardError as error:
+        hint = "the same command goes on" if config.output else "with --output the same command would go on"
+        raise RunStopped(f"{error}; {hint}") from error
+    earned = [paid[number] for number in sorted(paid)]
     greedy, sampled, earned = map(gather_object, (greedy, sampled, earned))
     return Result(figures_of(greedy, sampled, earned), [group[0] for group in greedy], sampled, earned)
 

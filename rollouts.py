@@ -120,7 +120,7 @@ def try_roll_out(*arguments: Any) -> tuple[list[Group], str | None]:
     try:
         return roll_out(*arguments), None
     except RewardError as error:
-        return [], f"{error}. Mend the function"
+        return [], str(error)
     except (RuntimeError, MemoryError) as error:  # the engine has tried with ever fewer rows
         if not is_out_of_memory(error):
             raise

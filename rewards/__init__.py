@@ -55,8 +55,8 @@ _ALLOWED = (
 
 
 class RewardError(Exception):
-    """A reward function broke its promise: raised, returned
-    the wrong length, or something that is no finite number.
+    """A reward function broke its promise: raised, returned the wrong length, or something that is no finite
+    number. The message ends with what to do.
     """
 
 
@@ -398,12 +398,14 @@ def call_reward(reward: Reward, completions: list[str], columns: Mapping[str, An
             values = asyncio.run(_wait(values))
     except RewardError:
         raise
+    except ConnectionError as error:
+        raise RewardError(f"reward {reward.name!r}: {error}. Start its server again") from error
     except Exception as error:  # noqa: BLE001 - whatever a user's function raises is reported under its name
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}, line {where.lineno}"
         raise RewardError(
             f"reward {reward.name!r} raised {type(error).__name__}: {error} ({place}) on "
-            f"{_quote(completions)}"
+            f"{_quote(completions)}. Mend the function"
         ) from error
     return _checked(reward.name, values, completions)
 
@@ -429,7 +431,9 @@ def _arguments(reward: Reward, columns: Mapping[str, Any]) -> dict[str, Any]:
     for name in required_columns(reward):
         if name not in arguments:
             has = ", ".join(sorted(columns))
-            raise RewardError(f"reward {reward.name!r} needs the column {name!r}; the data has: {has}")
+            raise RewardError(
+                f"reward {reward.name!r} needs the column {name!r}; the data has: {has}. Mend either"
+            )
     return arguments
 
 
@@ -440,7 +444,7 @@ def _checked(name: str, values: Any, completions: list[str]) -> list[float | Non
         got = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)[:80]
         raise RewardError(
             f"reward {name!r} must return a list of {len(completions)} numbers or None, got {got} for "
-            f"{_quote(completions)}"
+            f"{_quote(completions)}. Mend the function"
         )
     return [_checked_value(name, i, value, completions) for i, value in enumerate(values)]
 
@@ -453,7 +457,7 @@ def _checked_value(name: str, index: int, value: Any, completions: list[str]) ->
     if not _is_finite(value):
         raise RewardError(
             f"reward {name!r} returned {repr(value)[:80]} for sample {index}; allowed: a finite number or "
-            f"None. The completion: {completions[index][:200]!r}"
+            f"None. The completion: {completions[index][:200]!r}. Mend the function"
         )
     return float(value)
 

@@ -60,11 +60,18 @@ class Scorer:
         self._patience_s = {JUDGE: 0.0} | {
             r.name: r.patience_s for r in reward_set.rewards if not r.model_name
         }
+        self._broken: RewardError | None = None
         self._is_closed = False
         self.waited_s = 0.0  # that `results` took, in all
 
     def submit(self, completions: list[str], columns: Mapping[str, Any]) -> None:
-        """Hand in one group (or several); returns at once. Arguments as for `rewards.score`."""
+        """Hand in one group (or several); returns at once. Arguments as for `rewards.score`.
+
+        Raises:
+            RewardError: of an earlier group, so that no more are sampled in vain.
+        """
+        if self._broken:
+            raise self._broken
         self._pending.append(self._pool.submit(self._score, list(completions), dict(columns)))
 
     def results(self) -> list[Scores]:
@@ -107,6 +114,9 @@ class Scorer:
         child = self._idle.pop()  # as many threads as children: there is always one
         try:
             return self._score_with(child, completions, columns), completions, columns
+        except RewardError as error:
+            self._broken = error
+            raise
         finally:
             self._idle.append(child)
 
@@ -143,7 +153,9 @@ class Scorer:
                 limit_s = self.deadline_s + self._patience_s[name] * len(completions)
                 print(f"reward {name!r} took longer than {limit_s:g} s: undecided", file=sys.stderr)
             except ChildDied as error:
-                raise RewardError(f"reward {name!r} ended its worker process ({error})") from error
+                raise RewardError(
+                    f"reward {name!r} ended its worker process ({error}). Mend the function"
+                ) from error
             if name == JUDGE and name in answers:
                 columns["correct"] = answers[name][0]
         return answers

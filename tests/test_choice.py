@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from scripted import ByteTokenizer
 
-from choice import TOLD, choose, parse_choosers, rate
+from choice import TOLD, choose, hand_in, parse_choosers
 from data import Problem
 from exam import Answer
 from rewards import fill_slots, judge_problem
@@ -36,8 +36,14 @@ def answer(text, correct=False):
 
 
 def rated(spec, problems, groups):
-    with Scorer(parse_choosers(spec)) as scorer:
-        return rate(scorer, ByteTokenizer(), problems, groups, 64)
+    return rated_by(parse_choosers(spec), problems, groups)
+
+
+def rated_by(choosers, problems, groups):
+    with Scorer(choosers) as scorer:
+        for problem, answers in zip(problems, groups, strict=True):
+            hand_in(scorer, ByteTokenizer(), problem, answers, 64)
+        return [scores.total for scores in scorer.results()]
 
 
 @pytest.fixture
@@ -122,6 +128,5 @@ def test_rewards_of_every_kind_are_asked(functions):
         return lambda completions, questions: [float(len(q)) for q in questions]
 
     fill_slots(choosers, load, "cpu")
-    with Scorer(choosers) as scorer:
-        assert rate(scorer, ByteTokenizer(), problems, groups, 64) == [[1.0, 1.0], [2.0, 2.0]]
+    assert rated_by(choosers, problems, groups) == [[1.0, 1.0], [2.0, 2.0]]
     assert asked == [("m", "cpu")]

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from concurrent.futures import wait
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -220,3 +221,23 @@ def test_a_full_disk_ends_an_evaluation_with_what_to_do(tmp_path, tiny, ask):
     second = Engine(tiny[1], 99)
     ask(second, tmp_path)
     assert len(second.asked) == (6 - len(kept)) + 6 * 2
+
+
+def test_a_judge_that_is_down_ends_an_evaluation_with_the_first_samples(tmp_path, monkeypatch, tiny, ask):
+    submit = Scorer.submit
+    monkeypatch.setattr(
+        Scorer, "submit", lambda scorer, *group: (submit(scorer, *group), wait(scorer._pending))
+    )
+    judge = {"judge:http://127.0.0.1:9/v1(attempts=1, timeout_s=1)": 1.0}
+    engine = Engine(tiny[1], 99)
+    with pytest.raises(
+        RunStopped, match=r"http://127.0.0.1:9/v1 gave .*Start its server again; the same"
+    ) as e:
+        ask(engine, tmp_path, rewards=judge, output=str(tmp_path))
+    assert "Mend" not in str(e.value)
+    assert (
+        len(engine.asked) == 6 + 2 * 2
+    )  # nothing failed yet when the first problem's samples were handed in
+    again = Engine(tiny[1], 99)
+    assert ask(again, tmp_path).earned == [[1.0, 1.0]] * 6
+    assert len(again.asked) == 4 * 2

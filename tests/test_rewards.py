@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import wait
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -313,6 +314,9 @@ def test_closing_does_not_wait_for_a_function_that_hangs(functions):
 def test_a_broken_function_in_a_worker_stops_the_run_with_its_name(functions, name, message):
     with Scorer(parse_rewards({f"{functions}:{name}": 1.0})) as scorer:
         scorer.submit([RIGHT, WRONG], {})
+        wait(scorer._pending)
+        with pytest.raises(RewardError, match=rf"{name}.*{message}.*Mend the function"):
+            scorer.submit([RIGHT, WRONG], {})  # none are sampled in vain
         with pytest.raises(RewardError, match=rf"{name}.*{message}"):
             scorer.results()
 
@@ -419,5 +423,5 @@ def test_an_option_that_a_judge_has_not_is_refused():
 
 def test_a_judge_that_is_down_stops_the_run_with_its_name():
     rewards = parse_rewards({"judge:http://127.0.0.1:9/v1(attempts=2, timeout_s=1)": 1.0})
-    with pytest.raises(RewardError, match=r"judge:http://127\.0\.0\.1:9.* 2 attempts"):
+    with pytest.raises(RewardError, match=r"judge:http://127\.0\.0\.1:9.* 2 attempts .*Start its server"):
         score(rewards, ["x"], {})

@@ -10,6 +10,7 @@ import pytest
 
 from evaluate import EvaluateConfig
 from export import ExportConfig
+from rewards.scorer import DEADLINE_S
 from runs.watchdog import CEILINGS, CHECKS, RUNAWAY
 from train_grpo import GRPOConfig
 from train_sft import SFTConfig
@@ -58,6 +59,7 @@ PLANTED = {
     "a reward function fails": (
         "scripts.a_broken_reward_stops_the_run_with_a_checkpoint_that_goes_on_once_it_is_mended"
     ),
+    "a judge (`judge:URL`) is gone": "rewards.a_judge_that_is_down_stops_the_run_with_its_name",
     "many answers are undecided": "console.undecided_answers_are_told_where_there_are_any",
     "out of memory": "batches.a_single_sequence_that_does_not_fit_stops_the_run_with_the_remedy",
     "the folder is taken": "lock.a_folder_that_a_living_run_writes_is_refused",
@@ -112,6 +114,10 @@ def test_every_row_has_its_test():
         assert f"test_{test}" in {
             node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
         }, name
+
+
+def test_a_function_hangs_as_long_as_the_table_says():
+    assert re.findall(r"took longer than (\d+) s", TABLE) == [f"{DEADLINE_S:g}"]
 
 
 def test_every_cause_of_watchdog_and_preflight_has_a_row_and_no_other():
