@@ -46,7 +46,7 @@ def run(algo: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         eval_limit=200,
     )
     check(train_grpo.main(config))
-    measured = examine_once(Path(config.output), baseline=config.model, limit=args.limit, samples=1)
+    measured = examine(Path(config.output), baseline=config.model, limit=args.limit, samples=1)
     steps = _read_lines(Path(config.output) / "metrics.jsonl")
     return {
         "algo": algo,
@@ -71,12 +71,16 @@ def check(code: int) -> None:
         raise SystemExit(code)
 
 
-def examine_once(folder: Path, **how: Any) -> dict[str, Any]:
-    """The figures of a run's final model, measured unless they are there; `how` is `EvaluateConfig`'s."""
-    figures = folder / "evaluation.json"
-    if not figures.exists():
-        check(evaluate.main(evaluate.EvaluateConfig(model=f"{folder}/final", json=str(figures), **how)))
-    return json.loads(figures.read_text())
+def examine(folder: Path, **how: Any) -> dict[str, Any]:
+    """The figures of a run's final model; what it answered before is not asked again.
+
+    Args:
+        folder: of the run.
+        how: of `EvaluateConfig`.
+    """
+    output = folder / "evaluation"
+    check(evaluate.main(evaluate.EvaluateConfig(model=f"{folder}/final", output=str(output), **how)))
+    return json.loads((output / "report.json").read_text())
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_grpo  # noqa: E402 - the path has to be set first
 import train_sft  # noqa: E402
-from benchmarks.algorithms import check, examine_once  # noqa: E402
+from benchmarks.algorithms import check, examine  # noqa: E402
 
 EXAMPLES = (100, 500, 1_000, 5_000, 30_000)
 # All prompts are as many as the steps draw; these are fewer.
@@ -72,8 +72,8 @@ def measure(curve: str, number: int, seed: int, arguments: argparse.Namespace) -
     examples, prompts = (number, every_prompt) if curve == OF_EXAMPLES else (EXAMPLES[-1], number)
     ask = {"limit": arguments.limit, "max_completion_tokens": COMPLETION_TOKENS}
     start = cold_start(examples, seed, arguments)
-    before = examine_once(start, samples=SAMPLES, **ask)
-    after = examine_once(reinforce(start, prompts, seed, arguments), **ask)
+    before = examine(start, samples=SAMPLES, **ask)
+    after = examine(reinforce(start, prompts, seed, arguments), **ask)
     value, peer_value = after["accuracy_strict"], before["accuracy_strict"]
     return {
         "case": f"{number} {curve}, seed {seed}",

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+import evaluate
 from benchmarks import cross_check, samples
-from benchmarks.algorithms import examine_once
+from benchmarks.algorithms import examine
 from data import Problem
 from exam import hold_exam
 from inference import SamplingParams
@@ -117,6 +118,23 @@ def test_the_table_has_a_line_a_number_and_a_column_a_seed():
     ]
 
 
-def test_what_was_examined_is_not_examined_again(tmp_path):
-    (tmp_path / "evaluation.json").write_text('{"n": 5}')
-    assert examine_once(tmp_path, limit=5) == {"n": 5}
+def test_what_was_answered_is_not_asked_again_and_what_is_asked_anew_is(tmp_path, monkeypatch, tiny):
+    for part in tiny:
+        part.save_pretrained(tmp_path / "final")
+    asked = []
+
+    def count(*how, **on):
+        asked.append(len(how[2]))
+        return hold_exam(*how, **on)
+
+    monkeypatch.setattr(evaluate, "hold_exam", count)
+    ask = {"max_completion_tokens": 4}
+    first = examine(tmp_path, limit=2, **ask)
+    assert examine(tmp_path, limit=2, **ask) == first
+    assert asked == [2]
+    assert examine(tmp_path, limit=5, **ask)["n"] == 5
+    assert asked == [2, 3]
+    # The same folder, trained further.
+    tiny[0].save_pretrained(tmp_path / "final")
+    examine(tmp_path, limit=2, **ask)
+    assert asked == [2, 3, 2]
