@@ -228,7 +228,7 @@ def draw_chart(
     last_step: int,
     shares: bool = False,
     size: tuple[int, int] = SMALL,
-    along: str = "step",
+    along: str | None = None,
 ) -> str:
     """One chart with its legend.
 
@@ -238,7 +238,7 @@ def draw_chart(
         last_step: the right end of the axis, the same in every chart of a report.
         shares: values are in [0, 1] and told as percentages.
         size: width and height.
-        along: what is counted from left to right.
+        along: what is counted from left to right; None for the steps of a run, whose end the legend tells.
     """
     width, height = size
     values = [value for line in lines for _, value in line.points]
@@ -262,17 +262,16 @@ def draw_chart(
             drawn.append(f'<text x="{x}" y="{height - 6}" class="mid">{step:g}</text>')
     # The last is drawn first: the line that a chart is about lies on top.
     for position, line in reversed(list(enumerate(lines))):
-        drawn.append(f'<g class="c{position % 6}">{_line(line, place, shares, along)}</g>')
+        drawn.append(f'<g class="c{position % 6}">{_line(line, place, shares, along or "step")}</g>')
     legend = "".join(
-        f'<span class="c{position % 6}"><i></i>{safe(line.label)}'
-        f"{_end(line, shares) if along == 'step' else ''}</span>"
+        f'<span class="c{position % 6}"><i></i>{safe(line.label)}{"" if along else _end(line, shares)}</span>'
         for position, line in enumerate(lines)
     )
     lost = sum(line.lost for line in lines)
     note = f'<p class="warning">{count(lost, "value")} not finite, left out</p>' if lost else ""
     return (
         f"<figure><figcaption><h3>{safe(title)}</h3><div>{legend}</div></figcaption>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{safe(title)} over {along}s">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{safe(title)}">'
         f"{''.join(drawn)}</svg>{note}</figure>"
     )
 

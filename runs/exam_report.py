@@ -184,7 +184,8 @@ def _charts(models: Mapping[str, dict[str, Any]]) -> str:
         lines = [_accuracy_over(kind, name, figures) for name, figures in models.items()]
         if all(line and len(line.points) > 2 for line in lines):
             furthest = int(max(line.points[-1][0] for line in lines))
-            charts.append(draw_chart(f"Accuracy {title.lower()}", lines, furthest, True, LARGE, kind))
+            along = kind.removesuffix("s")
+            charts.append(draw_chart(f"Accuracy {title.lower()}", lines, furthest, True, LARGE, along))
     if all(len(figures.get("pass_at", ())) > 1 for figures in models.values()):
         lines = [
             Series(name, [(int(k), share) for k, share in figures["pass_at"].items()], [], marked=True)

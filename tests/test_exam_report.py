@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from test_report import HOSTILE, Page, spaced
@@ -132,6 +133,17 @@ def test_accuracy_by_level_is_drawn_and_told(tmp_path):
     assert page.charts == ["Accuracy by level", "A right one among k samples (pass@k)"]
     assert "<title>level 2: 75%, " in page.source
     assert "<title>sample 2: 50%</title>" in page.source
+
+
+@pytest.mark.parametrize("kind", ["level", "difficulty", "steps"])
+def test_a_chart_names_what_is_counted_and_has_no_end(tmp_path, kind):
+    config, results, problems = two_models()
+    problems = [replace(problem, columns={kind: 1 + i % 3}) for i, problem in enumerate(problems)]
+    _, page = page_of(tmp_path / "report.html", config, results, problems)
+    chart = page.source.partition("<figure>")[2].partition("</figure>")[0]
+    assert f"<title>{kind.removesuffix('s')} 2: 75%, " in chart
+    assert f'aria-label="{page.charts[0]}"' in chart
+    assert "<b>" not in chart  # a legend's figure is what a run came to; the hardest is nothing of the sort
 
 
 def test_answers_that_stand_out_are_picked_one_a_problem(tmp_path):
