@@ -1,6 +1,7 @@
 """Every preset on the built-in task, from the same cold
 start, for the same number of completions to learn from.
 
+    pip install -r requirements-benchmarks.txt
     python benchmarks/algorithms.py --output outputs/benchmark              # the table and algorithms.svg
     python benchmarks/algorithms.py --seeds 0 --steps 20 --algos grpo ppo   # a quick look
 
@@ -106,9 +107,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Validation accuracy over steps, a line a preset, the mean over seeds."""
-    import matplotlib
-
-    matplotlib.use("svg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -139,6 +137,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="test problems")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     args = parser.parse_args()
+    import matplotlib  # before anything is measured, for it may be missing
+
+    matplotlib.use("svg")
     rows = [run(algo, seed, args) for seed in args.seeds for algo in args.algos]
     print(table(rows))
     plot(rows, Path(args.output) / "algorithms.svg")

@@ -79,9 +79,6 @@ def measure(size: str, repeats: int) -> list[dict[str, Any]]:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Seconds and memory over each size, on logarithmic axes, where linear growth has slope 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     sizes = list(dict.fromkeys(row["size"] for row in rows))
@@ -117,6 +114,10 @@ def main() -> None:
     if arguments.point:
         print(json.dumps(run_point(arguments.point, arguments.repeats)))
         return
+    if arguments.plot:
+        import matplotlib  # before anything is measured, for it may be missing
+
+        matplotlib.use("Agg")
     rows = [row for size in arguments.sizes for row in measure(size, arguments.repeats)]
     if arguments.json:
         arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

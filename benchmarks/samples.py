@@ -128,9 +128,6 @@ def points_of(curve: str, rows: list[dict[str, Any]]) -> dict[int, list[dict[str
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Both curves: every seed with its interval, a line through the means."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
@@ -168,6 +165,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write a row a line to this file")
     parser.add_argument("--plot", type=Path, help="draw to this file")
     arguments = parser.parse_args()
+    if arguments.plot:
+        import matplotlib  # before anything is measured, for it may be missing
+
+        matplotlib.use("Agg")
     every_prompt = arguments.steps * PROMPTS_PER_STEP
     points = [(OF_EXAMPLES, number) for number in reversed(EXAMPLES)]
     points += [(OF_PROMPTS, number) for number in FEW_PROMPTS if number < every_prompt]

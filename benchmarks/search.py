@@ -1,5 +1,6 @@
 """Accuracy against tokens of every way to search, on a task's test problems.
 
+    pip install -r requirements-benchmarks.txt
     python benchmarks/search.py --model outputs/search/checkpoints/step-000010 --plot docs/search.png
 
 Each problem is a search of its own, judged as `evaluate.py` judges. Tokens are the mean a problem, all that
@@ -123,9 +124,6 @@ def measure(method: str, size: int, queries: Sequence[Query], problems: Sequence
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy over tokens, a line a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -156,6 +154,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write a row a line to this file")
     parser.add_argument("--plot", type=Path, help="draw to this file")
     arguments = parser.parse_args()
+    if arguments.plot:
+        import matplotlib  # before anything is measured, for it may be missing
+
+        matplotlib.use("Agg")
     model = load_chat_model(arguments.model)
     engine, params = Remembering(model.engine), SamplingParams(arguments.max_completion_tokens)
     problems = load_problems(arguments.data, "test", limit=arguments.limit)

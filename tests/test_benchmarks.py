@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 import evaluate
-from benchmarks import cross_check, samples
+from benchmarks import algorithms, cross_check, growth, samples, search
 from benchmarks.algorithms import examine
 from data import Problem
 from exam import hold_exam
@@ -88,6 +89,28 @@ def test_two_judges_may_be_one_problem_apart(capsys):
     assert (row["ours"], row["peer_value"], row["ratio"]) == (1.0, 2 / 3, 1.5)
     assert "2 = ?" in capsys.readouterr().out
     assert not cross_check.compare("m", "d", problems, [right] * 3, [right, wrong, wrong])[1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What draws
+
+
+@pytest.mark.parametrize(
+    ("script", "first", "flags"),
+    [
+        (algorithms, "run", []),
+        (growth, "measure", ["--plot", "a.svg"]),
+        (samples, "measure", ["--plot", "a.svg"]),
+        (search, "load_chat_model", ["--plot", "a.svg", "--model", "m"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_plot_that_cannot_be_drawn_is_told_before_anything_is_measured(monkeypatch, script, first, flags):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    monkeypatch.setattr(script, first, lambda *how: pytest.fail("it was begun"))
+    with pytest.raises(ImportError, match="matplotlib"):
+        script.main()
 
 
 # ------------------------------------------------------------------------------------------------------------
