@@ -159,3 +159,10 @@ def test_a_run_learns_there_what_it_learns_on_the_processor(tmp_path, random_fol
     told = [[row["policy/grad_norm"] for row in run] for run in rows]
     assert told[0] == pytest.approx(told[1], rel=1e-3)
     assert len(told[0]) == 2
+
+
+def test_the_guide_names_the_targets_that_keep_to_the_processor():
+    root = Path(__file__).parent.parent
+    targets = re.search(r"^(.+): export ACCELERATE_USE_CPU", (root / "Makefile").read_text(), re.MULTILINE)
+    told = (root / "docs" / "mac.md").read_text().partition(" set it by themselves")[0]
+    assert re.findall(r"`make ([\w-]+)`", told) == targets[1].split()
