@@ -13,7 +13,8 @@ from models import save_model
 from runs.config import parse_config
 from train_grpo import GRPOConfig, main
 
-RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 SHRUNKEN = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -62,6 +63,14 @@ def test_hours_grow_with_what_a_recipe_asks_for(monkeypatch):
     # 8 operations a weight and token, checkpointing's among them, at a third of the card's 312e12 a second.
     assert usual["update_s"] == pytest.approx(8 * 1.54e9 * (256 * 256 + 32 * 150) / (0.33 * 312e12))
     assert usual["dollars"] == pytest.approx(1.6 * usual["hours"])
+
+
+def test_the_table_of_hours_is_what_the_script_prints(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hours.py"])
+    hours.main()
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + len(hours.RECIPES)
+    assert table in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
