@@ -6,7 +6,9 @@ the prompt's length]. Started again it has 0 for it, and no mark.
 
 import json
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -82,9 +84,17 @@ class ScriptedVLLM:
             def log_message(self, *args):
                 pass
 
-        self._server = Listener(("127.0.0.1", self._port), Handler)
+        self._server = self._listen(Handler)
         self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def _listen(self, handler: type) -> Listener:
+        """Take the port, again where it had one: another program may have it for a moment."""
+        for _ in range(50):
+            with suppress(OSError):
+                return Listener(("127.0.0.1", self._port), handler)
+            time.sleep(0.1)
+        return Listener(("127.0.0.1", self._port), handler)
 
     def stop(self) -> None:
         """Die: whoever waits for an answer gets none."""
