@@ -6,6 +6,7 @@ its help. Precedence is flag > YAML > preset > default, wherever `--config` stan
 
 import dataclasses
 import difflib
+import errno
 import itertools
 import json
 import sys
@@ -125,9 +126,9 @@ def at_the_door() -> Iterator[None]:
 
 
 def run_script(main: Callable[[Any], int | None], parse: Callable[[], Any]) -> None:
-    """Parse and run. A `UserError` prints one message and exits 2, a `RunStopped` or a server that is gone
-    (`ConnectionError`) one and exits 1, Ctrl-C where nothing is to be saved 130; anything else that is raised
-    is a bug of ours and shows itself.
+    """Parse and run. A `UserError` prints one message and exits 2; a `RunStopped`, a server that is gone
+    (`ConnectionError`) or a disk that is full one and exits 1; Ctrl-C where nothing is to be saved exits 130.
+    Anything else that is raised is a bug of ours and shows itself.
 
     Args:
         main: takes the configuration and returns the exit code (None is 0).
@@ -140,6 +141,14 @@ def run_script(main: Callable[[Any], int | None], parse: Callable[[], Any]) -> N
     except (UserError, RunStopped, ConnectionError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(
+            f"{Path(sys.argv[0]).name}: error: {error}; free some space, or give another folder",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
         raise SystemExit(130) from None

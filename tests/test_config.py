@@ -1,6 +1,8 @@
 """The command line: what wins, what is refused, and how a mistake is told."""
 
 import dataclasses
+import errno
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,6 +240,23 @@ def test_a_server_that_does_not_answer_is_one_line(is_at_the_door, code, capsys)
 
     assert run(main) == code
     assert capsys.readouterr().err.endswith("error: http://127.0.0.1:9/v1 gave no answer\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "is_told"), [(errno.ENOSPC, True), (errno.EROFS, True), (errno.EIO, False)]
+)
+def test_a_full_disk_is_one_line(number, is_told, capsys):
+    def main(config):
+        raise OSError(number, os.strerror(number), "outputs/report.html")
+
+    if not is_told:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            run_script(main, Settings)
+        return
+    assert run(main) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.endswith("'outputs/report.html'; free some space, or give another folder\n")
 
 
 def test_ctrl_c_where_nothing_is_to_be_saved_is_one_line(monkeypatch, capsys):
