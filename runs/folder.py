@@ -170,8 +170,7 @@ def write_run(start: Start, config: Any, model: Any = None) -> None:
         _write_run(start, config, model)
     except OSError as error:
         raise ValueError(
-            f"output {str(start.folder)!r} could not be written: {error}; make room, and the same command "
-            "goes on from what is saved there"
+            f"output {str(start.folder)!r} could not be written: {error}; make room, or give another --output"
         ) from error
 
 

@@ -575,7 +575,7 @@ def test_a_start_on_a_full_disk_is_a_message_and_leaves_the_configuration_readab
 
     with monkeypatch.context() as patch:
         patch.setattr("runs.lines.os.fsync", full)
-        with pytest.raises(UserError, match="could not be written: .*No space left.*goes on"):
+        with pytest.raises(UserError, match="could not be written: .*No space left.*; make room"):
             make_run(config)
     assert (run.folder / "config.yaml").read_bytes() == before
     assert not list(run.folder.glob(".*"))
