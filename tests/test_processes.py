@@ -13,6 +13,16 @@ from rewards.processes import Child, ChildDied, OutOfTime
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture
+def sleepy(tmp_path, monkeypatch):
+    """The name of a module whose child sleeps for as many seconds as it is asked."""
+    (tmp_path / "sleepy.py").write_text(
+        "import time\nfrom rewards.processes import serve\ndef main():\n    serve(time.sleep)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "sleepy"
+
+
 @pytest.mark.slow
 def test_a_call_does_not_wait_for_a_child_that_is_slow_to_start(tmp_path, monkeypatch):
     (tmp_path / "late.py").write_text(
@@ -46,12 +56,8 @@ def test_the_memory_of_a_child_is_capped(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_waiting_for_a_busy_child_counts_against_the_deadline(tmp_path, monkeypatch):
-    (tmp_path / "sleepy.py").write_text(
-        "import time\nfrom rewards.processes import serve\ndef main():\n    serve(time.sleep)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    child = Child("sleepy")
+def test_waiting_for_a_busy_child_counts_against_the_deadline(sleepy):
+    child = Child(sleepy)
     child.request(0, 30.0)
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(child.request, 1.0, 30.0)
@@ -65,11 +71,7 @@ def test_waiting_for_a_busy_child_counts_against_the_deadline(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_busy_child_ends_with_its_parent(tmp_path, monkeypatch):
-    (tmp_path / "sleepy.py").write_text(
-        "import time\nfrom rewards.processes import serve\ndef main():\n    serve(time.sleep)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_a_busy_child_ends_with_its_parent(sleepy):
     code = (
         "import os, signal, threading, time; from rewards.processes import Child\n"
         "child = Child('sleepy'); child.request(0, 60.0)\n"

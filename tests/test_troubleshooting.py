@@ -67,7 +67,7 @@ PLANTED = {
     "a checkpoint of other settings": (
         "folder.resume_from_a_checkpoint_of_another_configuration_is_refused_with_the_difference"
     ),
-    "a checkpoint of an older Ponder": "folder.a_checkpoint_of_another_version_is_refused",
+    "a checkpoint of an older Ponder": "run.a_checkpoint_of_another_version_is_refused",
     "a checkpoint of something else": "training.a_checkpoint_of_another_model_is_refused",
     "a tokenizer that is not the model's": "models.a_tokenizer_larger_than_the_embedding_is_refused",
     "a model with code of its own": "models.code_of_a_model_runs_only_where_it_is_trusted",
