@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402 - the path has to be set first
 from answers import SAMPLES  # noqa: E402
+from benchmarks.results import write_rows  # noqa: E402
 from data import Problem  # noqa: E402
 from prompts import completion_prefix, render_prompt  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
@@ -189,8 +190,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write a row a line to this file")
     arguments = parser.parse_args()
     rows, agreed = zip(*(measure(model, arguments) for model in arguments.model), strict=True)
-    if arguments.json:
-        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(rows, arguments.json)
     if not all(agreed):
         raise SystemExit(f"they differ by more than {TOLERANCE} problem, or ask differently: see above")
 

@@ -20,7 +20,6 @@ whichever takes longer; both rates are measured in the same process.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402 - the path has to be set first
 from torch import nn  # noqa: E402
 
+from benchmarks.results import write_rows  # noqa: E402
 from benchmarks.step import build  # noqa: E402
 from inference import SamplingParams  # noqa: E402
 from inference.decoders import pad_prompts  # noqa: E402
@@ -225,8 +225,7 @@ def main() -> None:
             spread = ", ".join(f"{low:,.0f} to {high:,.0f}" for low, high in row["spread"].values())
             shown = f"{row['peer_value']:8,.0f}{row['ours']:9,.0f}{row['ratio']:7.2f}{row['of_floor']:10.0%}"
             print(f"{row['case']:12}{row['peer']:16}{shown}  {spread}", flush=True)
-    if arguments.json:
-        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(rows, arguments.json)
 
 
 if __name__ == "__main__":

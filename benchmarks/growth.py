@@ -21,6 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.results import require_matplotlib, write_rows  # noqa: E402
+
 BASE = {"prompts": 8, "group": 8, "prompt_tokens": 32, "completion_tokens": 64}
 # The name of a size, what varies, its values, and what is held beside it.
 SIZES: dict[str, tuple[str, list[int], dict[str, int]]] = {
@@ -114,13 +116,9 @@ def main() -> None:
     if arguments.point:
         print(json.dumps(run_point(arguments.point, arguments.repeats)))
         return
-    if arguments.plot:
-        import matplotlib  # before anything is measured, for it may be missing
-
-        matplotlib.use("Agg")
+    require_matplotlib(arguments.plot)
     rows = [row for size in arguments.sizes for row in measure(size, arguments.repeats)]
-    if arguments.json:
-        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(rows, arguments.json)
     if arguments.plot:
         plot(rows, arguments.plot)
 

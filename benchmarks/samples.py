@@ -12,7 +12,6 @@ strict accuracy on test problems, `ours` that after reinforcement learning, each
 """
 
 import argparse
-import json
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_grpo  # noqa: E402 - the path has to be set first
 import train_sft  # noqa: E402
 from benchmarks.algorithms import check, examine  # noqa: E402
+from benchmarks.results import require_matplotlib, write_rows  # noqa: E402
 
 EXAMPLES = (100, 500, 1_000, 5_000, 30_000)
 # All prompts are as many as the steps draw; these are fewer.
@@ -165,18 +165,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write a row a line to this file")
     parser.add_argument("--plot", type=Path, help="draw to this file")
     arguments = parser.parse_args()
-    if arguments.plot:
-        import matplotlib  # before anything is measured, for it may be missing
-
-        matplotlib.use("Agg")
+    require_matplotlib(arguments.plot)
     every_prompt = arguments.steps * PROMPTS_PER_STEP
     points = [(OF_EXAMPLES, number) for number in reversed(EXAMPLES)]
     points += [(OF_PROMPTS, number) for number in FEW_PROMPTS if number < every_prompt]
     points += [(OF_PROMPTS, every_prompt)]
     rows = [measure(*point, seed, arguments) for seed in arguments.seeds for point in points]
     print(table(rows))
-    if arguments.json:
-        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(rows, arguments.json)
     if arguments.plot:
         plot(rows, arguments.plot)
 

@@ -9,7 +9,6 @@ strict, with its 95 % interval, and beside it the difference to a single sample.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -24,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402 - the path has to be set first
 
+from benchmarks.results import require_matplotlib, write_rows  # noqa: E402
 from data import Problem, load_problems  # noqa: E402
 from exam import wilson_interval  # noqa: E402
 from inference import Completion, SamplingParams  # noqa: E402
@@ -154,10 +154,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write a row a line to this file")
     parser.add_argument("--plot", type=Path, help="draw to this file")
     arguments = parser.parse_args()
-    if arguments.plot:
-        import matplotlib  # before anything is measured, for it may be missing
-
-        matplotlib.use("Agg")
+    require_matplotlib(arguments.plot)
     model = load_chat_model(arguments.model)
     engine, params = Remembering(model.engine), SamplingParams(arguments.max_completion_tokens)
     problems = load_problems(arguments.data, "test", limit=arguments.limit)
@@ -179,8 +176,7 @@ def main() -> None:
             )
             print(f"| {method} | {size} | {figures} |", flush=True)
             rows.append(row)
-    if arguments.json:
-        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(rows, arguments.json)
     if arguments.plot:
         plot(rows, arguments.plot)
 

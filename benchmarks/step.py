@@ -37,6 +37,7 @@ from torch import nn  # noqa: E402
 from transformers import PreTrainedTokenizerBase as Tokenizer  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
+from benchmarks.results import write_rows  # noqa: E402
 from memory import peak_memory  # noqa: E402
 from models import save_model  # noqa: E402
 from prompts import prepare_tokenizer  # noqa: E402
@@ -311,8 +312,7 @@ def main() -> None:
                 f"{row['unit']:7} {spread}",
                 flush=True,
             )
-    if arguments.json:
-        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ both.
 """
 
 import argparse
-import json
 import logging
 import random
 import statistics
@@ -23,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.results import write_rows  # noqa: E402
 from rewards.verify import is_correct  # noqa: E402 - the path has to be set first
 
 Pair = tuple[str, str, bool]  # answer, gold, are they equal?
@@ -211,8 +211,7 @@ def main() -> None:
         print(
             f"{row['case']:36}{row['peer_value']:14.4g}{row['ours']:12.4g}{row['ratio']:9.2f}  {row['unit']}"
         )
-    if arguments.json:
-        arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(rows, arguments.json)
 
 
 if __name__ == "__main__":
