@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import nn
 
 from inference import SamplingParams
@@ -31,6 +30,7 @@ from prompts import AnswerStyle, answer_style, encode_prompt, format_completion,
 from runs.checkpoint import latest_checkpoint, write_folder
 from runs.config import RunStopped, at_the_door, parse_config, run_script
 from runs.folder import require_writable
+from runs.records import read_rows, read_settings
 from tokenizer import ADAPTER, load_tokenizer
 
 PARITY_QUESTIONS = 20
@@ -173,10 +173,7 @@ def model_card(config: ExportConfig, run: Path, parity: dict[str, Any], style: A
     """What a reader of the folder should know: data, preset, scores with their intervals, how to load it and
     how it answers.
     """
-    settings = run / "config.yaml"
-    told = yaml.safe_load(settings.read_text()) if settings.is_file() else {}
-    scores = run / "eval.jsonl"
-    rows = [json.loads(line) for line in scores.read_text().splitlines()] if scores.is_file() else []
+    told, (rows, _) = read_settings(run), read_rows(run / "eval.jsonl")
     lines = ["---", "tags: [ponder, reasoning]", "---", "", f"# {Path(config.to).name}", ""]
     lines.append(f"Trained with Ponder (`{told.get('algo', 'sft')}`) on `{told['data']}`." if told else "")
     names = (

@@ -532,12 +532,12 @@ def set_up(config: GRPOConfig, start: Start, accelerator: Accelerator) -> Traini
         attend_fast(sampled)
         engine = TorchEngine(sampled, tokenizer)
     engine.memory = run.memory["sampler"] or engine.memory
-    for sampler in filter(None, (engine, servers)):
-        sampler.check = run.stop.check
+    sampler = servers or engine
+    engine.check = sampler.check = run.stop.check
     run.log.console.say(f"{config.algo} from {config.model} on {config.data}: {told}")
     tell(accelerator, check_template(tokenizer, engine.stop_token_ids.tolist()))
     return Training(
-        *(config, accelerator, tokenizer, problems, held_out, Scorer(reward_set), engine, servers or engine),
+        *(config, accelerator, tokenizer, problems, held_out, Scorer(reward_set), engine, sampler),
         *(policy, reference, optimizer, scheduler, micro_batches, run, load),
     )
 
