@@ -42,7 +42,7 @@ def adapter_run(tmp_path, base, chat_tokenizer):
     (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (run / "config.yaml").write_text("model: base\nalgo: dapo\ndata: gsm8k\n")
     figures = {"step": 7, "set": "validation", "n": 50, "accuracy_strict": 0.5, "ci95": [0.37, 0.63]}
-    (run / "eval.jsonl").write_text(json.dumps(figures) + "\n")
+    (run / "eval.jsonl").write_text(json.dumps(figures) + "\n" + '{"step": 4')  # and a line that a kill cut
     return run
 
 
