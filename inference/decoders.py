@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from fused_kernels import Kernels, kernels_for
 from inference.kv_cache import SlotCache, WindowCache
 from llama import LLAMA_FAMILY, angles, is_llama, project, turn, without_adapter
 
@@ -35,8 +36,12 @@ def make_decoder(
     inner = without_adapter(model)
     if sinks is not None:
         return WindowDecoder(inner, slots, positions, sinks)
-    is_lean = is_llama(inner, positions)
-    return LlamaDecoder(inner, slots, positions) if is_lean else LibraryDecoder(model, slots)
+    if not is_llama(inner, positions):
+        return LibraryDecoder(model, slots)
+    is_plain = inner.config.hidden_act == "silu" and not torch.is_autocast_enabled(inner.device.type)
+    if is_plain and (kernels := kernels_for(inner.model.norm.weight)):
+        return FusedDecoder(inner, slots, positions, kernels)
+    return LlamaDecoder(inner, slots, positions)
 
 
 def check_window(model: nn.Module, window: int, sinks: int) -> None:
@@ -155,6 +160,42 @@ class LlamaDecoder:
     def select(self, order: Tensor) -> None:
         """Let row `i` go on from what was row `order[i]`, for as many rows as there are slots."""
         self.cache.select(order)
+
+
+class FusedDecoder(LlamaDecoder):
+    """A `LlamaDecoder` on a processor: of torch it takes the linear layers, all between them is fused."""
+
+    def __init__(self, model: nn.Module, slots: int, positions: int, kernels: Kernels) -> None:
+        """See `make_decoder`."""
+        super().__init__(model, slots, positions)
+        self.kernels = kernels
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> Tensor:
+        """As `LlamaDecoder.advance`."""
+        decoder, add_norm = self.model.model, self._add_norm
+        places = self.cache.lengthen()
+        states, added = decoder.embed_tokens(tokens), None
+        for number, layer in enumerate(decoder.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            read = add_norm(layer.input_layernorm, states, added)
+            query, key, value = attention.q_proj(read), attention.k_proj(read), attention.v_proj(read)
+            if hasattr(attention, "q_norm"):  # Qwen3
+                query = self._norm_heads(attention.q_norm, query)
+                key = self._norm_heads(attention.k_norm, key)
+            cached = self.cache.block[number].unbind()
+            mixed = self.kernels.attend(
+                query, key, value, self.cos, self.sin, places, *cached, attention.scaling
+            )
+            read = add_norm(layer.post_attention_layernorm, states, attention.o_proj(mixed))
+            added = mlp.down_proj(self.kernels.silu_multiply(mlp.gate_proj(read), mlp.up_proj(read)))
+        return self.model.lm_head(add_norm(decoder.norm, states, added))
+
+    def _add_norm(self, norm: nn.Module, states: Tensor, added: Tensor | None) -> Tensor:
+        return self.kernels.add_norm(states, added, norm.weight, norm.variance_epsilon)
+
+    def _norm_heads(self, norm: nn.Module, heads: Tensor) -> Tensor:
+        return self._add_norm(norm, heads.view(-1, len(norm.weight)), None).view(heads.shape)
 
 
 class WindowDecoder(LlamaDecoder):

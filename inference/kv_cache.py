@@ -69,6 +69,13 @@ class SlotCache:
             self.block[:, :, moved, :, :longest] = self.block[:, :, source, :, :longest]
             self.lengths[moved] = self.lengths[source]
 
+    def lengthen(self) -> Tensor:
+        """Make every live row one longer; `[live]`, where its new position stands."""
+        lengths = self.lengths[: self.live]
+        places = lengths.clone()
+        lengths += 1
+        return places
+
     def extend(self) -> tuple[Tensor, int, Tensor | None]:
         """Make every live row one longer.
 
@@ -79,9 +86,8 @@ class SlotCache:
         slots, heads, positions = self.block.shape[2:5]
         lengths = self.lengths[: self.live]
         rows = torch.arange(self.live * heads, device=lengths.device) * positions
-        places = rows + self._place(lengths).repeat_interleave(heads)
+        places = rows + self._place(self.lengthen()).repeat_interleave(heads)
         places = torch.cat([places, places + slots * heads * positions])
-        lengths += 1
         shortest, longest = self._filled(lengths).aminmax()
         self._reach(int(longest))
         if shortest == longest:

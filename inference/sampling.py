@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from fused_kernels import kernels_for
 from inference import SamplingParams
 
 BELOW_ONE = 1 - 2**-53
@@ -69,7 +70,9 @@ def choose(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> tuple[Te
 def _choose(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     is_whole = not params.top_k and params.top_p == 1.0 and params.min_p == 0.0
     if is_whole and params.temperature > 0.0:
-        return _choose_from_all(logits, params.temperature, uniforms)
+        kernels = kernels_for(logits)
+        from_all = kernels.sample if kernels else _choose_from_all
+        return from_all(logits.contiguous(), params.temperature, uniforms.contiguous())
     logprobs = warp(logits, params)
     is_greedy = params.temperature == 0.0
     tokens = logits.argmax(dim=-1) if is_greedy else _search(logprobs.exp(), uniforms)

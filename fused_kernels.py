@@ -1,0 +1,155 @@
+"""Fused kernels for a processor, in C: what a step of decoding
+computes between its matrix products, each in one pass.
+
+torch calls ten operations for each of them, which takes a small model more time than its matrix products.
+A system's C compiler makes them of fused_kernels.c when they are first asked for, within a second. Without
+one, and on other systems than Linux, torch's own operations compute the same.
+"""
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from ctypes import c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("fused_kernels.c")
+# Sums may be taken in the order that fills a vector; what is no number stays none.
+FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
+FLAGS += " -fopenmp -fPIC -shared"
+ARGUMENTS = {
+    "add_norm": [c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_int64, c_int64, c_int],
+    "silu_multiply": [c_void_p, c_void_p, c_int64, c_int],
+    "attend": [*[c_void_p] * 10, *[c_int64] * 5, c_double, c_int],
+    "sample": [c_void_p, c_double, *[c_void_p] * 3, c_int64, c_int64, c_int],
+}
+
+
+def kernels_for(tensor: Tensor) -> "Kernels | None":
+    """The kernels for numbers like these, float32 on the CPU; None where torch has to compute."""
+    is_ours = tensor.device.type == "cpu" and tensor.dtype == torch.float32 and sys.platform == "linux"
+    return _load() if is_ours else None
+
+
+@functools.cache
+def _load() -> "Kernels | None":
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
+        return None
+    try:
+        return Kernels(_compile(compiler))
+    except (subprocess.CalledProcessError, OSError) as error:
+        told = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            "torch's own operations sample in place of fused_kernels.c, in up to twice the time: "
+            f"{shlex.join(compiler)} or what loads its work failed: {told.strip().splitlines()[-1]}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _compile(compiler: list[str]) -> ctypes.CDLL:
+    """fused_kernels.c as a library of this process; nothing stays on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernels.so"
+        command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(library), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        # Its OpenMP is the one that torch has loaded, so both share their threads.
+        return ctypes.CDLL(str(library))
+
+
+class Kernels:
+    """The functions of fused_kernels.c on tensors: on the CPU, float32, contiguous, without gradients.
+
+    Raises:
+        TypeError: tensors of another kind, whose memory means something else.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Take a compiled fused_kernels.c."""
+        for name, arguments in ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        self._library = library
+
+    def _at(self, *tensors: Tensor) -> list[int]:
+        """Where the numbers of tensors begin."""
+        for tensor in tensors:
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                kind = "contiguous" if tensor.is_contiguous() else "strided"
+                raise TypeError(f"kernels take contiguous float32, got {kind} {tensor.dtype}")
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def add_norm(self, states: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """Add to `states` `[N, H]` in place; returns their RMS norm, times `weight` `[H]`."""
+        out = torch.empty_like(states)
+        more = None if added is None else self._at(added)[0]
+        state, scale, to = self._at(states, weight, out)
+        self._library.add_norm(state, more, scale, eps, to, *states.shape, _threads(states.numel()))
+        return out
+
+    def silu_multiply(self, gate: Tensor, up: Tensor) -> Tensor:
+        """`silu(gate) * up`, in the place of `gate`."""
+        self._library.silu_multiply(*self._at(gate, up), gate.numel(), _threads(gate.numel()))
+        return gate
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Attention of one new position a row, whose key and value join the cache.
+
+        Args:
+            query: `[rows, query heads x D]`, not turned yet.
+            key: `[rows, heads x D]`, not turned yet.
+            value: likewise.
+            cos: `[positions, 1, D]`; see `llama.angles`.
+            sin: likewise.
+            lengths: `[rows]` positions before the new one.
+            keys: `[slots, heads, positions, D]`, of the rows in its first slots; written to.
+            values: likewise.
+            scaling: of the scores.
+
+        Returns:
+            `[rows, query heads x D]`.
+        """
+        _, heads, positions, size = keys.shape
+        rows, query_heads = len(query), query.shape[1] // size
+        out = torch.empty_like(query)
+        threads = _threads(rows * query.shape[1] * positions)
+        scratch = query.new_empty(threads, query_heads // heads, positions)
+        read = self._at(query, key, value, cos, sin)
+        written = self._at(keys, values, out, scratch)
+        sizes = (rows, query_heads, heads, size, positions)
+        self._library.attend(*read, lengths.data_ptr(), *written, *sizes, scaling, threads)
+        return out
+
+    def sample(self, logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `[B]` and their log-probabilities `[B]`; see `inference.sampling.choose`."""
+        tokens, logprobs = torch.empty(len(logits), dtype=torch.long), logits.new_empty(len(logits))
+        read, told = self._at(logits, logprobs)
+        uniforms = uniforms.double()
+        where = (read, temperature, uniforms.data_ptr(), tokens.data_ptr(), told)
+        self._library.sample(*where, *logits.shape, _threads(logits.numel()))
+        return tokens, logprobs
+
+
+def _threads(numbers: int) -> int:
+    """As many as torch's own operations take, and one where waking the others would take longer."""
+    return torch.get_num_threads() if numbers > 4096 else 1
