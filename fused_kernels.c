@@ -50,13 +50,56 @@ void add_norm(float *states, const float *added, const float *weight, double eps
     }
 }
 
-/* gate = silu(gate) * up */
-void silu_multiply(float *restrict gate, const float *restrict up, int64_t numbers, int threads)
+/* The gradient of `add_norm` with nothing added. Of the weight's there is one part for every CHUNK rows, so that
+   their sum does not depend on the threads. */
+void norm_backward(const float *grad, const float *states, const float *weight, double eps, float *grad_states,
+                   float *grad_weights, int64_t rows, int64_t width, int threads)
+{
+    enum { CHUNK = 64 };
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t chunk = 0; chunk < (rows + CHUNK - 1) / CHUNK; chunk++) {
+        float *restrict of_weight = grad_weights + chunk * width;
+        memset(of_weight, 0, width * sizeof(float));
+        for (int64_t row = chunk * CHUNK; row < rows && row < (chunk + 1) * CHUNK; row++) {
+            const float *state = states + row * width, *g = grad + row * width;
+            float *restrict to = grad_states + row * width;
+            float sum = 0, along = 0;
+            for (int64_t i = 0; i < width; i++) {
+                sum += state[i] * state[i];
+                along += g[i] * weight[i] * state[i];
+            }
+            const float inverse = 1 / sqrtf(sum / width + (float)eps);
+            along *= inverse * inverse / width;
+            for (int64_t i = 0; i < width; i++) {
+                of_weight[i] += g[i] * state[i] * inverse;
+                to[i] = (g[i] * weight[i] - state[i] * along) * inverse;
+            }
+        }
+    }
+}
+
+static inline float sigmoid(float x)
+{
+    const float small = exponential(x < 0 ? x : -x); /* never a large power */
+    return (x < 0 ? small : 1) / (1 + small);
+}
+
+/* out = silu(gate) * up; out may be gate. */
+void silu_multiply(const float *gate, const float *up, float *out, int64_t numbers, int threads)
+{
+    #pragma omp parallel for simd num_threads(threads)
+    for (int64_t i = 0; i < numbers; i++)
+        out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+}
+
+void silu_multiply_backward(const float *restrict grad, const float *restrict gate, const float *restrict up,
+                            float *restrict grad_gate, float *restrict grad_up, int64_t numbers, int threads)
 {
     #pragma omp parallel for simd num_threads(threads)
     for (int64_t i = 0; i < numbers; i++) {
-        const float x = gate[i], small = exponential(x < 0 ? x : -x); /* sigmoid(x) without a large power */
-        gate[i] = x * (x < 0 ? small : 1) / (1 + small) * up[i];
+        const float x = gate[i], share = sigmoid(x);
+        grad_up[i] = grad[i] * x * share;
+        grad_gate[i] = grad[i] * up[i] * share * (1 + x * (1 - share));
     }
 }
 
@@ -132,6 +175,248 @@ void attend(const float *query, const float *key, const float *value, const floa
         case 64: ATTEND(64); break;
         case 128: ATTEND(128); break;
         default: ATTEND(size);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+   Packed texts, with gradients. A segment is a prompt or a completion: its first token, the token behind its
+   last, and those of the prompt before it; a prompt has none. Its tokens look at that prompt and at themselves. */
+
+typedef struct { int64_t start, end, prompt_start, prompt_end; } segment;
+
+/* Queries that are taken at once, so that what is loaded is used several times; and numbers in a vector. */
+enum { TILE = 4, LANES = 16 };
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+/* Token of the n-th key that a segment reads. */
+static inline int64_t token_of(const segment *s, int64_t n)
+{
+    const int64_t before = s->prompt_end - s->prompt_start;
+    return n < before ? s->prompt_start + n : s->start + n - before;
+}
+
+/* A head of all `count` tokens that a segment reads: as rows `[count, width]`, 0 behind the `size` numbers, and
+   as columns `[size, stride]`. */
+static void gather(const float *tokens, const segment *s, int64_t heads, int64_t head, int64_t count,
+                   int64_t size, int64_t width, int64_t stride, float *rows, float *columns)
+{
+    for (int64_t n = 0; n < count; n++) {
+        memcpy(rows + n * width, tokens + (token_of(s, n) * heads + head) * size, size * sizeof(float));
+        memset(rows + n * width + size, 0, (width - size) * sizeof(float));
+    }
+    for (int64_t i = 0; columns && i < size; i++)
+        for (int64_t n = 0; n < stride; n++)
+            columns[i * stride + n] = n < count ? rows[n * width + i] : 0;
+}
+
+/* Products of vectors with the first `count` columns, `[TILE, stride]`; a multiple of LANES is written. */
+static void products(const float *const vectors[TILE], const float *columns, int64_t count, int64_t size,
+                     int64_t stride, float *to)
+{
+    const float *a = vectors[0], *b = vectors[1], *c = vectors[2], *d = vectors[3];
+    for (int64_t from = 0; from < count; from += LANES) {
+        lanes of_a = {0}, of_b = {0}, of_c = {0}, of_d = {0};
+        for (int64_t i = 0; i < size; i++) {
+            const lanes column = *(const lanes *)(columns + i * stride + from);
+            of_a += a[i] * column;
+            of_b += b[i] * column;
+            of_c += c[i] * column;
+            of_d += d[i] * column;
+        }
+        *(lanes *)(to + from) = of_a;
+        *(lanes *)(to + stride + from) = of_b;
+        *(lanes *)(to + 2 * stride + from) = of_c;
+        *(lanes *)(to + 3 * stride + from) = of_d;
+    }
+}
+
+/* Sums `[TILE, width]` of rows, each times its weight of `[TILE, stride]`. */
+static void mix(const float *weights, const float *rows, int64_t count, int64_t width, int64_t stride, float *to)
+{
+    const float *a = weights, *b = a + stride, *c = b + stride, *d = c + stride;
+    for (int64_t from = 0; from < width; from += LANES) {
+        lanes of_a = {0}, of_b = {0}, of_c = {0}, of_d = {0};
+        for (int64_t n = 0; n < count; n++) {
+            const lanes row = *(const lanes *)(rows + n * width + from);
+            of_a += a[n] * row;
+            of_b += b[n] * row;
+            of_c += c[n] * row;
+            of_d += d[n] * row;
+        }
+        *(lanes *)(to + from) = of_a;
+        *(lanes *)(to + width + from) = of_b;
+        *(lanes *)(to + 2 * width + from) = of_c;
+        *(lanes *)(to + 3 * width + from) = of_d;
+    }
+}
+
+/* Add vectors `[TILE, width]` to every row, each times the row's weight of it. */
+static void spread(const float *weights, const float *vectors, int64_t count, int64_t width, int64_t stride,
+                   float *rows)
+{
+    const float *a = weights, *b = a + stride, *c = b + stride, *d = c + stride;
+    for (int64_t from = 0; from < width; from += LANES) {
+        const lanes of_a = *(const lanes *)(vectors + from), of_b = *(const lanes *)(vectors + width + from),
+                    of_c = *(const lanes *)(vectors + 2 * width + from),
+                    of_d = *(const lanes *)(vectors + 3 * width + from);
+        for (int64_t n = 0; n < count; n++)
+            *(lanes *)(rows + n * width + from) += a[n] * of_a + b[n] * of_b + c[n] * of_c + d[n] * of_d;
+    }
+}
+
+/* Some queries of a segment that share a key head, and how many keys each reads. Where fewer are left than a
+   tile has, the last one stands there again, and is computed again. */
+typedef struct { int64_t places[TILE], counts[TILE], most; } tile;
+
+static tile take_tile(const segment *s, int64_t from, int64_t queries, int64_t query_heads, int64_t head)
+{
+    const int64_t before = s->prompt_end - s->prompt_start, last = (s->end - s->start) * queries - 1;
+    tile taken = {.most = 0};
+    for (int64_t t = 0; t < TILE; t++) {
+        const int64_t at = from + t < last ? from + t : last, token = at / queries;
+        taken.places[t] = (s->start + token) * query_heads + head * queries + at % queries;
+        taken.counts[t] = before + token + 1;
+        taken.most = taken.counts[t];
+    }
+    return taken;
+}
+
+/* Tokens' heads turned to their positions and scaled. */
+void turn_heads(const float *tokens, const float *cos, const float *sin, double scale, float *out,
+                int64_t count, int64_t heads, int64_t size, int threads)
+{
+    #pragma omp parallel for num_threads(threads)
+    for (int64_t token = 0; token < count; token++)
+        for (int64_t at = token * heads * size; at < (token + 1) * heads * size; at += size)
+            turn(tokens + at, cos + token * size, sin + token * size, scale, out + at, size);
+}
+
+/* The size of a head, up to a multiple of LANES. */
+static inline int64_t width_of(int64_t size)
+{
+    return (size + LANES - 1) / LANES * LANES;
+}
+
+/* Attention of packed texts; queries are scaled. `scratch` is [threads, room]; `stride` is a multiple of LANES
+   that the longest text fits in. */
+void attend_packed(const float *query, const float *key, const float *value, const segment *segments,
+                   float *out, float *logsumexp, float *scratch, int64_t room, int64_t count_segments,
+                   int64_t query_heads, int64_t heads, int64_t size, int64_t stride, int threads)
+{
+    const int64_t queries = query_heads / heads, width = width_of(size);
+    #pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < count_segments * heads; task++) {
+        const segment *s = segments + task / heads;
+        const int64_t head = task % heads, all = s->prompt_end - s->prompt_start + s->end - s->start;
+        float *rows = scratch + omp_get_thread_num() * room, *columns = rows + width * stride;
+        float *weights = columns + size * stride, *mixed = weights + TILE * stride;
+        gather(key, s, heads, head, all, size, width, stride, rows, columns);
+        gather(value, s, heads, head, all, size, width, stride, rows, NULL);
+        for (int64_t from = 0; from < (s->end - s->start) * queries; from += TILE) {
+            const tile now = take_tile(s, from, queries, query_heads, head);
+            const float *asked[TILE];
+            for (int64_t t = 0; t < TILE; t++)
+                asked[t] = query + now.places[t] * size;
+            products(asked, columns, now.most, size, stride, weights);
+            for (int64_t t = 0; t < TILE; t++) {
+                const int64_t count = now.counts[t];
+                float *weight = weights + t * stride, highest = weight[0], sum = 0;
+                for (int64_t n = 0; n < count; n++)
+                    highest = weight[n] > highest ? weight[n] : highest;
+                for (int64_t n = 0; n < count; n++)
+                    sum += weight[n] = exponential(weight[n] - highest);
+                const float inverse = 1 / sum;
+                for (int64_t n = 0; n < count; n++)
+                    weight[n] *= inverse;
+                for (int64_t n = count; n < now.most; n++)
+                    weight[n] = 0;
+                logsumexp[now.places[t]] = highest + logf(sum);
+            }
+            mix(weights, rows, now.most, width, stride, mixed);
+            for (int64_t t = 0; t < TILE; t++)
+                memcpy(out + now.places[t] * size, mixed + t * width, size * sizeof(float));
+        }
+    }
+}
+
+/* Its gradients. What completions give to their prompts' keys and values goes to `of_prompts`,
+   [2, segments, heads, longest prompt, size], and is added up in their order: no two threads add to one number. */
+void attend_packed_backward(const float *grad, const float *query, const float *key, const float *value,
+                            const float *out, const float *logsumexp, const segment *segments,
+                            float *grad_query, float *grad_key, float *grad_value, float *of_prompts,
+                            float *scratch, int64_t room, int64_t count_segments, int64_t longest,
+                            int64_t query_heads, int64_t heads, int64_t size, int64_t stride, int threads)
+{
+    const int64_t queries = query_heads / heads, half = count_segments * heads * longest * size;
+    const int64_t width = width_of(size);
+    #pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < count_segments * heads; task++) {
+        const segment *s = segments + task / heads;
+        const int64_t head = task % heads, before = s->prompt_end - s->prompt_start;
+        const int64_t all = before + s->end - s->start, total = (s->end - s->start) * queries;
+        float *rows = scratch + omp_get_thread_num() * room;
+        float *of_keys = rows + width * stride, *of_values = of_keys + width * stride;
+        float *keys = of_values + width * stride, *values = keys + size * stride;
+        float *weights = values + size * stride, *of_scores = weights + TILE * stride;
+        float *asked_rows = of_scores + TILE * stride, *given_rows = asked_rows + TILE * width;
+        float *mixed = given_rows + TILE * width;
+        gather(value, s, heads, head, all, size, width, stride, rows, values);
+        gather(key, s, heads, head, all, size, width, stride, rows, keys);
+        memset(of_keys, 0, 2 * width * stride * sizeof(float));
+        memset(asked_rows, 0, 2 * TILE * width * sizeof(float));
+        for (int64_t from = 0; from < total; from += TILE) {
+            const tile now = take_tile(s, from, queries, query_heads, head);
+            const float *asked[TILE], *given[TILE];
+            for (int64_t t = 0; t < TILE; t++) {
+                asked[t] = memcpy(asked_rows + t * width, query + now.places[t] * size, size * sizeof(float));
+                given[t] = memcpy(given_rows + t * width, grad + now.places[t] * size, size * sizeof(float));
+            }
+            products(asked, keys, now.most, size, stride, weights);
+            products(given, values, now.most, size, stride, of_scores);
+            for (int64_t t = 0; t < TILE; t++) {
+                const int64_t count = from + t < total ? now.counts[t] : 0; /* one that stands there again */
+                float *weight = weights + t * stride, *of_score = of_scores + t * stride, along = 0;
+                for (int64_t i = 0; i < size; i++)
+                    along += given[t][i] * out[now.places[t] * size + i];
+                for (int64_t n = 0; n < count; n++) {
+                    weight[n] = exponential(weight[n] - logsumexp[now.places[t]]);
+                    of_score[n] = weight[n] * (of_score[n] - along);
+                }
+                for (int64_t n = count; n < now.most; n++)
+                    weight[n] = of_score[n] = 0;
+            }
+            mix(of_scores, rows, now.most, width, stride, mixed);
+            for (int64_t t = 0; t < TILE && from + t < total; t++)
+                memcpy(grad_query + now.places[t] * size, mixed + t * width, size * sizeof(float));
+            spread(of_scores, asked_rows, now.most, width, stride, of_keys);
+            spread(weights, given_rows, now.most, width, stride, of_values);
+        }
+        float *to_prompt = of_prompts + task * longest * size;
+        for (int64_t n = 0; n < all; n++) {
+            const int64_t place = (token_of(s, n) * heads + head) * size;
+            float *to_key = n < before ? to_prompt + n * size : grad_key + place;
+            float *to_value = n < before ? to_prompt + half + n * size : grad_value + place;
+            memcpy(to_key, of_keys + n * width, size * sizeof(float));
+            memcpy(to_value, of_values + n * width, size * sizeof(float));
+        }
+    }
+    #pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < count_segments * heads; task++) {
+        const segment *prompt = segments + task / heads;
+        const int64_t head = task % heads;
+        for (int64_t other = 0; other < count_segments; other++) {
+            const segment *s = segments + other;
+            if (s->prompt_start != prompt->start)
+                continue;
+            for (int64_t n = 0; n < s->prompt_end - s->prompt_start; n++) {
+                const int64_t place = ((prompt->start + n) * heads + head) * size;
+                const float *from = of_prompts + ((other * heads + head) * longest + n) * size;
+                for (int64_t i = 0; i < size; i++) {
+                    grad_key[place + i] += from[i];
+                    grad_value[place + i] += from[half + i];
+                }
+            }
         }
     }
 }

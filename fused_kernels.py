@@ -25,9 +25,15 @@ SOURCE = Path(__file__).with_name("fused_kernels.c")
 # Sums may be taken in the order that fills a vector; what is no number stays none.
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
 FLAGS += " -fopenmp -fPIC -shared"
+NORM_CHUNK, TILE, LANES = 64, 4, 16  # as in fused_kernels.c
 ARGUMENTS = {
     "add_norm": [c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_int64, c_int64, c_int],
-    "silu_multiply": [c_void_p, c_void_p, c_int64, c_int],
+    "norm_backward": [c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_void_p, c_int64, c_int64, c_int],
+    "silu_multiply": [*[c_void_p] * 3, c_int64, c_int],
+    "silu_multiply_backward": [*[c_void_p] * 5, c_int64, c_int],
+    "turn_heads": [c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_int64, c_int64, c_int64, c_int],
+    "attend_packed": [*[c_void_p] * 7, *[c_int64] * 6, c_int],
+    "attend_packed_backward": [*[c_void_p] * 12, *[c_int64] * 7, c_int],
     "attend": [*[c_void_p] * 10, *[c_int64] * 5, c_double, c_int],
     "sample": [c_void_p, c_double, *[c_void_p] * 3, c_int64, c_int64, c_int],
 }
@@ -96,10 +102,28 @@ class Kernels:
         self._library.add_norm(state, more, scale, eps, to, *states.shape, _threads(states.numel()))
         return out
 
-    def silu_multiply(self, gate: Tensor, up: Tensor) -> Tensor:
-        """`silu(gate) * up`, in the place of `gate`."""
-        self._library.silu_multiply(*self._at(gate, up), gate.numel(), _threads(gate.numel()))
-        return gate
+    def norm_backward(
+        self, grad: Tensor, states: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of states `[N, H]` and of the weight, from that of their norm."""
+        rows, width = states.shape
+        of_states, of_weight = torch.empty_like(states), states.new_empty(-(-rows // NORM_CHUNK), width)
+        read = self._at(grad, states, weight)
+        written = self._at(of_states, of_weight)
+        self._library.norm_backward(*read, eps, *written, rows, width, _threads(states.numel()))
+        return of_states, of_weight.sum(0)
+
+    def silu_multiply(self, gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
+        """`silu(gate) * up`, into `out`, which may be one of them."""
+        self._library.silu_multiply(*self._at(gate, up, out), gate.numel(), _threads(gate.numel()))
+        return out
+
+    def silu_multiply_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up, from that of `silu(gate) * up`."""
+        given = torch.empty_like(gate), torch.empty_like(up)
+        tensors = self._at(grad, gate, up, *given)
+        self._library.silu_multiply_backward(*tensors, gate.numel(), _threads(gate.numel()))
+        return given
 
     def attend(
         self,
@@ -140,6 +164,68 @@ class Kernels:
         self._library.attend(*read, lengths.data_ptr(), *written, *sizes, scaling, threads)
         return out
 
+    def turn(self, tokens: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tensor:
+        """Heads `[N, heads x D]` turned by angles `[N, 1, D]`, as `llama.turn` does, and scaled."""
+        out = torch.empty_like(tokens)
+        count, size = len(tokens), cos.shape[-1]
+        read, written = self._at(tokens, cos, sin), self._at(out)
+        heads = tokens.shape[1] // size
+        self._library.turn_heads(*read, scale, *written, count, heads, size, _threads(tokens.numel()))
+        return out
+
+    def attend_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, size: int, segments: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of packed texts.
+
+        Args:
+            query: `[N, query heads x D]`, turned and scaled.
+            key: `[N, heads x D]`, turned.
+            value: `[N, heads x D]`.
+            size: of a head, D.
+            segments: `[S, 4]` int64 on prompts and completions: the first token, the one behind the last, and
+                those of the prompt before it, equal where it is a prompt itself.
+
+        Returns:
+            `[N, query heads x D]`, and what the backward pass needs, `[N, query heads]`.
+        """
+        heads, query_heads = key.shape[1] // size, query.shape[1] // size
+        out, logsumexp = torch.empty_like(query), query.new_empty(len(query), query_heads)
+        stride, threads = _longest(segments), torch.get_num_threads()
+        width = _round_up(size)
+        room = (width + size + TILE) * stride + TILE * width
+        scratch = query.new_empty(threads, room)
+        read, written = self._at(query, key, value), self._at(out, logsumexp, scratch)
+        sizes = (room, len(segments), query_heads, heads, size, stride)
+        self._library.attend_packed(*read, segments.data_ptr(), *written, *sizes, threads)
+        return out, logsumexp
+
+    def attend_packed_backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        size: int,
+        segments: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value; the arguments are those of `attend_packed` and what it gave."""
+        heads, query_heads = key.shape[1] // size, query.shape[1] // size
+        given = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        stride, threads = _longest(segments), torch.get_num_threads()
+        longest = int((segments[:, 3] - segments[:, 2]).max())
+        of_prompts = query.new_empty(2, len(segments), heads, longest, size)
+        width = _round_up(size)
+        room = (3 * width + 2 * size + 2 * TILE) * stride + 3 * TILE * width
+        scratch = query.new_empty(threads, room)
+        read = self._at(grad, query, key, value, out, logsumexp)
+        written = self._at(*given, of_prompts, scratch)
+        sizes = (room, len(segments), longest, query_heads, heads, size, stride)
+        self._library.attend_packed_backward(*read, segments.data_ptr(), *written, *sizes, threads)
+        return given
+
     def sample(self, logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens `[B]` and their log-probabilities `[B]`; see `inference.sampling.choose`."""
         tokens, logprobs = torch.empty(len(logits), dtype=torch.long), logits.new_empty(len(logits))
@@ -148,6 +234,15 @@ class Kernels:
         where = (read, temperature, uniforms.data_ptr(), tokens.data_ptr(), told)
         self._library.sample(*where, *logits.shape, _threads(logits.numel()))
         return tokens, logprobs
+
+
+def _longest(segments: Tensor) -> int:
+    """Keys that the last token of the longest text reads, up to a multiple of what is taken at once."""
+    return _round_up(int((segments[:, 1] - segments[:, 0] + segments[:, 3] - segments[:, 2]).max()))
+
+
+def _round_up(count: int) -> int:
+    return -(-count // LANES) * LANES
 
 
 def _threads(numbers: int) -> int:

@@ -5,13 +5,16 @@ others, side by side in one matrix, a prompt once for all its completions; only 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+
+import fused_blocks
+from fused_kernels import Kernels, kernels_for
 
 # A block of their own code in the library each, with the same parts under the same names.
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
@@ -37,6 +40,18 @@ def is_llama(model: nn.Module, positions: int) -> bool:
         and rotary.get("rope_type", "default") in STATIC_ROTARY
         and not (is_windowed and positions > window)
     )
+
+
+def fused_kernels(model: nn.Module, like: Tensor | None = None) -> Kernels | None:
+    """What computes a model that `is_llama` between its linear layers; None where torch does.
+
+    Args:
+        model: a causal language model.
+        like: a tensor as its weights will be, where they are elsewhere yet.
+    """
+    like = model.model.norm.weight if like is None else like
+    is_plain = model.config.hidden_act == "silu" and not torch.is_autocast_enabled(like.device.type)
+    return kernels_for(like) if is_plain else None
 
 
 def project(attention: nn.Module, read: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,8 +170,15 @@ class Packing:
     predicts nothing and is left out.
     """
 
-    def __init__(self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> None:
-        """See `predicting_states`."""
+    def __init__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """See `predicting_states`; `kernels` that run the blocks."""
+        self.kernels = kernels
         length = completion_mask.shape[1]
         device = input_ids.device
         split = input_ids.shape[1] - length
@@ -180,11 +202,26 @@ class Packing:
         places[:, 0] = torch.arange(len(places), device=device)
         places[:, 1:][follows] = len(places) + torch.arange(len(self.ids) - self.split, device=device)
         self.order = places[completion_mask]
-        causal = torch.ones(length - 1, length - 1, dtype=torch.bool, device=device).tril()
-        # `[B, 1, T-1, P+T-1]`, True where a completion's query may look.
-        seen = prompt_mask[self.prompt_of][:, None].expand(-1, length - 1, -1)
-        self.sees = torch.cat([seen, causal.expand(len(seen), -1, -1)], -1)[:, None]
+        self.follows, self.prompt_mask = follows, prompt_mask
         self.mask: Tensor | None = None
+
+    @cached_property
+    def segments(self) -> Tensor:
+        """Where every prompt and completion begins and ends; see `Kernels.attend_packed`."""
+        ends = torch.cat([self.lengths, self.follows.sum(1)]).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        texts = torch.stack([starts, ends], 1)
+        before = torch.stack([starts, starts], 1)
+        before[len(self.lengths) :] = texts[self.prompt_of]
+        return torch.cat([texts, before], 1)
+
+    @cached_property
+    def sees(self) -> Tensor:
+        """`[B, 1, T-1, P+T-1]`, True where a completion's query may look."""
+        length = self.follows.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.follows.device).tril()
+        seen = self.prompt_mask[self.prompt_of][:, None].expand(-1, length, -1)
+        return torch.cat([seen, causal.expand(len(seen), -1, -1)], -1)[:, None]
 
     def predicting(self, states: Tensor) -> Tensor:
         """Of the states `[N, H]` of all tokens those that predict the completions' tokens, row by row."""
@@ -245,17 +282,36 @@ def after_attention(layer: nn.Module, states: Tensor, mixed: Tensor) -> Tensor:
     return states + layer.mlp(norm(layer.post_attention_layernorm, states))
 
 
+TORCH_PARTS = (before_attention, after_attention)
+
+
 def run_block(
     layer: nn.Module,
     states: Tensor,
     packing: Packing,
     cos: Tensor,
     sin: Tensor,
-    parts: tuple[Callable, Callable] = (before_attention, after_attention),
+    parts: tuple[Callable, Callable] = TORCH_PARTS,
 ) -> Tensor:
     """What a block makes of the states `[N, H]` of packed tokens; `parts` may be compiled."""
+    if packing.kernels and parts == TORCH_PARTS:
+        return run_fused_block(layer, states, packing, cos, sin)
     before, after = parts
     return after(layer, states, packing.attend(*before(layer, states, cos, sin), layer.self_attn.scaling))
+
+
+def run_fused_block(layer: nn.Module, states: Tensor, packing: Packing, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `run_block`, all between the linear layers by the packing's kernels."""
+    attention, mlp, kernels = layer.self_attn, layer.mlp, packing.kernels
+    read = fused_blocks.norm(layer.input_layernorm, states, kernels)
+    query, key, value = attention.q_proj(read), attention.k_proj(read), attention.v_proj(read)
+    if hasattr(attention, "q_norm"):  # Qwen3
+        query = fused_blocks.norm_heads(attention.q_norm, query, kernels)
+        key = fused_blocks.norm_heads(attention.k_norm, key, kernels)
+    mixed = fused_blocks.attend(query, key, value, cos, sin, attention.scaling, packing.segments, kernels)
+    states = states + attention.o_proj(mixed)
+    read = fused_blocks.norm(layer.post_attention_layernorm, states, kernels)
+    return states + mlp.down_proj(fused_blocks.gate(mlp.gate_proj(read), mlp.up_proj(read), kernels))
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -288,7 +344,7 @@ def predicting_states(
         `[n, H]`, one for each True, row by row.
     """
     decoder = model.model
-    packing = Packing(input_ids, attention_mask, completion_mask)
+    packing = Packing(input_ids, attention_mask, completion_mask, fused_kernels(model))
     states = decoder.embed_tokens(packing.ids)
     cos, sin = angles(decoder, states, packing.positions)
     is_checkpointed = decoder.gradient_checkpointing and decoder.training

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from batches import token_budget
 from inference.decoders import PREFILL_TOKENS
 from inference.engine import MAX_ROWS, cache_bytes
-from llama import is_llama, without_adapter
+from llama import fused_kernels, is_llama, without_adapter
 from losses import MAX_CHUNK_LOGITS
 from memory import free_memory
 from models import QUANTIZED, add_adapter, compute_dtype
@@ -28,6 +28,8 @@ from optimizers import make_optimizer
 from tiny import TINY, build_tiny
 from tokenizer import ADAPTER
 
+# Who runs the blocks in an update: we on packed tokens, by fused kernels or by torch, or the library.
+Blocks = Literal["fused", "packed", "library"]
 MIB = 2**20
 # Of a parameter in nf4: half a byte, a scale of one byte for 64, and a scale of four for 256 of those.
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -234,7 +236,8 @@ def plan_memory(
     model = empty_model(config, source)
     is_half = device.type == "cuda" and compute_dtype() != torch.float32
     free = free_memory(device)
-    case = Case(config, model, load, is_half, is_held_in_4_bits(config, source), processes, division)
+    in_4_bits = is_held_in_4_bits(config, source)
+    case = Case(config, model, load, device, is_half, in_4_bits, processes, division)
     parts = _held(case) + _gathered(case)
     parts += _sampling(case, free - sum(part.sampling for part in parts))
     parts += _learning(case, token_budget(config.micro_batch_tokens, device))
@@ -249,6 +252,7 @@ class Case:
         config: of the script.
         model: its shapes.
         load: of a step.
+        device: that computes it.
         is_half: products run in half precision, by autocast.
         in_4_bits: the frozen weights are held in nf4.
         processes: of the run.
@@ -258,6 +262,7 @@ class Case:
     config: Any
     model: nn.Module
     load: Load
+    device: torch.device
     is_half: bool
     in_4_bits: bool
     processes: int
@@ -368,9 +373,11 @@ def _learning(case: Case, budget: int) -> list[Part]:
     rows = max(1, min(load.rows, budget // (load.prompt + load.completion)))
     note = f"{rows} rows of {load.prompt:,} + {load.completion:,} tokens"
     is_ours = is_llama(without_adapter(case.model), load.prompt + load.completion)
-    is_packed = is_ours and not case.critic
+    blocks: Blocks = "packed" if is_ours and not case.critic else "library"
+    if blocks == "packed" and case.device.type == "cpu" and not config.torch_compile:
+        blocks = "fused" if fused_kernels(without_adapter(case.model), torch.empty(0)) else "packed"
     is_checkpointed = config.gradient_checkpointing
-    kept = shape.kept_bytes(load, rows, case.is_half, is_packed, is_checkpointed, config.lora_dropout)
+    kept = shape.kept_bytes(load, rows, case.is_half, blocks, is_checkpointed, config.lora_dropout)
     kept += shape.backward_bytes(load, rows, case.is_half) + case.unpacked
     parts = [Part("activations", note, learning=kept * (1 + (case.critic == "separate")))]
     if copied := case.half_bytes(trained_only=is_checkpointed):
@@ -421,26 +428,29 @@ class Shape:
         )
 
     def kept_bytes(
-        self, load: Load, rows: int, half: bool, is_packed: bool, is_checkpointed: bool, dropout: float
+        self, load: Load, rows: int, half: bool, blocks: Blocks, is_checkpointed: bool, dropout: float
     ) -> float:
         """What autograd keeps of the blocks, and of the states that predict a token."""
-        block = self.block_bytes(load, rows, half, is_packed, dropout)
+        block = self.block_bytes(load, rows, half, blocks, dropout)
         every = self.layers * block
         if is_checkpointed:
-            every = self.layers * 4 * self.hidden * self._tokens(load, rows, is_packed) + block
-        # Who may look where: our blocks share it.
-        every += self._pair_bytes(load, rows, half) if is_packed else 0
+            every = self.layers * 4 * self.hidden * self._tokens(load, rows, blocks) + block
+        # Who may look where: our blocks share it, and the kernels need none of it.
+        every += self._pair_bytes(load, rows, half) if blocks == "packed" else 0
         return every + 8 * self.hidden * rows * load.completion
 
-    def block_bytes(self, load: Load, rows: int, half: bool, is_packed: bool, dropout: float) -> float:
+    def block_bytes(self, load: Load, rows: int, half: bool, blocks: Blocks, dropout: float) -> float:
         """What autograd keeps of a block: inputs of its products, norms, attention."""
         width = 2 if half else 4
-        tokens = self._tokens(load, rows, is_packed)
+        tokens = self._tokens(load, rows, blocks)
         of_prompts = tokens - rows * (load.completion - 1)
         normed = 4 * 2 * self.hidden + width * (5 if half else 2) * self.hidden
         attended = width * 3 * self.queries + 4 * (self.heads + 2)
         attended += self.norms_queries * 8 * (self.queries + self.keys)
         dropped = 5 * (5 * self.hidden + self.queries + self.inner) if dropout else 0
+        if blocks == "fused":
+            attended = (2 + self.norms_queries) * (self.queries + self.keys) + self.heads
+            return tokens * (4 * (3 * self.inner + attended) + normed + dropped)
         of_tokens = tokens * (width * 4 * self.inner + normed + attended + dropped)
         # Keys and values, once more for each completion of a prompt.
         repeats = self.queries // self.keys if half else 1
@@ -448,11 +458,11 @@ class Shape:
         of_pairs = 2 * self.keys * (of_prompts if half else tokens)
         of_pairs += rows * span * 2 * self.keys * repeats
         every = of_tokens + width * of_pairs
-        return every if is_packed else LIBRARY_FACTOR * (every + self._pair_bytes(load, rows, half))
+        return every if blocks == "packed" else LIBRARY_FACTOR * (every + self._pair_bytes(load, rows, half))
 
     def backward_bytes(self, load: Load, rows: int, half: bool) -> float:
         """Gradients on their way down through a block."""
-        tokens = self._tokens(load, rows, is_packed=True)
+        tokens = self._tokens(load, rows, "packed")
         return (2 if half else 4) * tokens * (1.5 * self.inner + 2 * self.hidden)
 
     @staticmethod
@@ -462,9 +472,9 @@ class Shape:
         return (2 if half else 4) * rows * span * (load.completion - 1)
 
     @staticmethod
-    def _tokens(load: Load, rows: int, is_packed: bool) -> int:
+    def _tokens(load: Load, rows: int, blocks: Blocks) -> int:
         """That go through a block; packed, a prompt does once, and no completion's last token."""
-        if not is_packed:
+        if blocks == "library":
             return rows * (load.prompt + load.completion)
         return math.ceil(rows / load.group_size) * load.prompt + rows * (load.completion - 1)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fused_kernels import Kernels, kernels_for
+from fused_kernels import Kernels
 from inference.kv_cache import SlotCache, WindowCache
-from llama import LLAMA_FAMILY, angles, is_llama, project, turn, without_adapter
+from llama import LLAMA_FAMILY, angles, fused_kernels, is_llama, project, turn, without_adapter
 
 # Prompt positions that go through the model at once.
 PREFILL_TOKENS = 16_384
@@ -38,10 +38,10 @@ def make_decoder(
         return WindowDecoder(inner, slots, positions, sinks)
     if not is_llama(inner, positions):
         return LibraryDecoder(model, slots)
-    is_plain = inner.config.hidden_act == "silu" and not torch.is_autocast_enabled(inner.device.type)
-    if is_plain and (kernels := kernels_for(inner.model.norm.weight)):
-        return FusedDecoder(inner, slots, positions, kernels)
-    return LlamaDecoder(inner, slots, positions)
+    kernels = fused_kernels(inner)
+    return (
+        FusedDecoder(inner, slots, positions, kernels) if kernels else LlamaDecoder(inner, slots, positions)
+    )
 
 
 def check_window(model: nn.Module, window: int, sinks: int) -> None:
@@ -188,7 +188,8 @@ class FusedDecoder(LlamaDecoder):
                 query, key, value, self.cos, self.sin, places, *cached, attention.scaling
             )
             read = add_norm(layer.post_attention_layernorm, states, attention.o_proj(mixed))
-            added = mlp.down_proj(self.kernels.silu_multiply(mlp.gate_proj(read), mlp.up_proj(read)))
+            gate = mlp.gate_proj(read)
+            added = mlp.down_proj(self.kernels.silu_multiply(gate, mlp.up_proj(read), gate))
         return self.model.lm_head(add_norm(decoder.norm, states, added))
 
     def _add_norm(self, norm: nn.Module, states: Tensor, added: Tensor | None) -> Tensor:

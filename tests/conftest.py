@@ -7,6 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 os.environ["MLX_DISABLE_COMPILE"] = "1"
 
 import copy  # noqa: E402 - after the variables above
+import shutil  # noqa: E402
+import sys  # noqa: E402
 from functools import cache  # noqa: E402 - after the variables above
 
 import pytest  # noqa: E402
@@ -74,6 +76,23 @@ def tiny():
 
     model, tokenizer = build_tiny(0)
     return model.eval(), tokenizer
+
+
+needs_a_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which(os.environ.get("CC", "cc")) is None,
+    reason="the fused kernels need a C compiler, and Linux",
+)
+
+
+@pytest.fixture
+def kernels():
+    """The fused kernels."""
+    from fused_kernels import kernels_for
+
+    found = kernels_for(torch.ones(1))
+    if found is None:
+        pytest.skip("the fused kernels need a C compiler, and Linux")
+    return found
 
 
 @pytest.fixture(scope="session")

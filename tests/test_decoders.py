@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import SHAPE
+from conftest import SHAPE, needs_a_compiler
 from peft import LoraConfig, get_peft_model
-from test_fused_kernels import needs_a_compiler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference.decoders import FusedDecoder, LibraryDecoder, LlamaDecoder, make_decoder

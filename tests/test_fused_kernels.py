@@ -1,13 +1,11 @@
 """Each fused kernel against torch's operations in float64, and what happens without a compiler."""
 
 import copy
-import os
-import shutil
-import sys
 import warnings
 
 import pytest
 import torch
+from conftest import needs_a_compiler
 
 import fused_kernels
 from inference import SamplingParams
@@ -15,19 +13,6 @@ from inference.decoders import LlamaDecoder, make_decoder
 from inference.engine import TorchEngine
 from inference.sampling import _choose_from_all
 from llama import turn
-
-needs_a_compiler = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which(os.environ.get("CC", "cc")) is None,
-    reason="no C compiler on Linux",
-)
-
-
-@pytest.fixture
-def compiled():
-    found = fused_kernels.kernels_for(torch.ones(1))
-    if found is None:
-        pytest.skip("no C compiler on Linux")
-    return found
 
 
 def numbers(*shape, scale=1.0, seed=0):
@@ -40,20 +25,20 @@ def close(got, expected, bound=2e-6):
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 33), (300, 128)])
 @pytest.mark.parametrize("is_added", [False, True])
-def test_the_norm_of_a_sum(compiled, rows, width, is_added):
+def test_the_norm_of_a_sum(kernels, rows, width, is_added):
     states, weight = numbers(rows, width, scale=3), numbers(width, seed=1)
     added = numbers(rows, width, seed=2) if is_added else None
     total = states.double() + (added.double() if is_added else 0)
     expected = total / (total.square().mean(-1, keepdim=True) + 1e-2).sqrt() * weight.double()
-    close(compiled.add_norm(states, added, weight, 1e-2), expected)
+    close(kernels.add_norm(states, added, weight, 1e-2), expected)
     close(states, total)
 
 
-def test_a_gate_over_all_that_a_number_can_be(compiled):
+def test_a_gate_over_all_that_a_number_can_be(kernels):
     gate = torch.cat([torch.linspace(-120, 120, 4999), torch.tensor([0.0, -1e-30, torch.nan])])
     up = numbers(len(gate))
     expected = torch.nn.functional.silu(gate.double()) * up.double()
-    assert compiled.silu_multiply(gate, up) is gate
+    assert kernels.silu_multiply(gate, up, gate) is gate
     assert gate[-1].isnan()
     close(gate[:-1], expected[:-1])
     # To the left of -87 the power is 0 in place of a number below 1e-37.
@@ -74,11 +59,11 @@ def a_step(heads, query_heads, size, lengths, positions=70, scale=2):
 
 @pytest.mark.parametrize("scale", [2, 20])  # whose scores no power of e holds
 @pytest.mark.parametrize(("heads", "query_heads", "size"), SHAPES)
-def test_attention_of_rows_of_several_lengths(compiled, heads, query_heads, size, scale):
+def test_attention_of_rows_of_several_lengths(kernels, heads, query_heads, size, scale):
     step = a_step(heads, query_heads, size, [0, 5, 31, 32, 69, 40, 1], scale=scale)
     query, key, value, cos, sin, lengths, keys, values, scaling = step
     before = keys.clone(), values.clone()
-    mixed = compiled.attend(*step)
+    mixed = kernels.attend(*step)
     for row, length in enumerate(lengths.tolist()):
         at = slice(None), length
         close(keys[row][at], turn(key[row].view(heads, size).double(), cos[length], sin[length]))
@@ -95,12 +80,12 @@ def test_attention_of_rows_of_several_lengths(compiled, heads, query_heads, size
     assert torch.equal(values, before[1])
 
 
-def test_a_row_has_the_same_bits_whatever_stands_beside_it_and_whoever_computes_it(compiled):
+def test_a_row_has_the_same_bits_whatever_stands_beside_it_and_whoever_computes_it(kernels):
     lengths = [60 - row for row in range(50)]
     whole = a_step(2, 4, 32, lengths)
-    mixed = compiled.attend(*copy.deepcopy(whole))
+    mixed = kernels.attend(*copy.deepcopy(whole))
     alone = [part[30:31].contiguous() for part in whole[:3]], [part[30:31].clone() for part in whole[5:8]]
-    assert torch.equal(compiled.attend(*alone[0], *whole[3:5], *alone[1], whole[8])[0], mixed[30])
+    assert torch.equal(kernels.attend(*alone[0], *whole[3:5], *alone[1], whole[8])[0], mixed[30])
     states, weight, logits = numbers(500, 64), numbers(64, seed=1), numbers(500, 300)
     uniforms = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
@@ -108,50 +93,50 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it_and_whoever_computes_
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            told.append(compiled.attend(*copy.deepcopy(whole)))
-            told.append(compiled.add_norm(states.clone(), None, weight, 1e-6))
-            told.append(compiled.sample(logits, 0.7, uniforms)[1])
+            told.append(kernels.attend(*copy.deepcopy(whole)))
+            told.append(kernels.add_norm(states.clone(), None, weight, 1e-6))
+            told.append(kernels.sample(logits, 0.7, uniforms)[1])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, three) for one, three in zip(told[:3], told[3:], strict=True))
     assert torch.equal(told[0], mixed)
 
 
-def test_what_is_no_number_stays_none_and_stays_in_its_row(compiled):
+def test_what_is_no_number_stays_none_and_stays_in_its_row(kernels):
     step = a_step(2, 4, 32, [40, 40, 40])
-    clean = compiled.attend(*copy.deepcopy(step))
+    clean = kernels.attend(*copy.deepcopy(step))
     step[6][1, :, 7] = torch.nan
-    mixed = compiled.attend(*step)
+    mixed = kernels.attend(*step)
     assert mixed[1].isnan().all()
     assert torch.equal(mixed[[0, 2]], clean[[0, 2]])
     logits = numbers(2, 300)
     logits[1, 8] = torch.nan
-    tokens, logprobs = compiled.sample(logits, 1.0, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    tokens, logprobs = kernels.sample(logits, 1.0, torch.tensor([0.5, 0.5], dtype=torch.float64))
     assert logprobs.isnan().tolist() == [False, True]
     assert 0 <= tokens.min() <= tokens.max() < 300
 
 
 @pytest.mark.parametrize(("size", "temperature"), [(320, 1.0), (321, 0.5), (151_936, 1.3)])
-def test_the_same_random_numbers_draw_the_tokens_that_torch_draws(compiled, size, temperature):
+def test_the_same_random_numbers_draw_the_tokens_that_torch_draws(kernels, size, temperature):
     logits = numbers(40, size, scale=3)
     logits[20:, 6] += 200  # the others have no weight beside it
     logits[:, 1::2] = -torch.inf
     uniforms = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = compiled.sample(logits, temperature, uniforms)
+    tokens, logprobs = kernels.sample(logits, temperature, uniforms)
     expected, their_logprobs = _choose_from_all(logits, temperature, uniforms)
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logprobs, their_logprobs, rtol=0, atol=1e-5)
     for uniform in (0.0, 1 - 2**-53):
-        tokens, _ = compiled.sample(logits, temperature, torch.full_like(uniforms, uniform))
+        tokens, _ = kernels.sample(logits, temperature, torch.full_like(uniforms, uniform))
         assert not (tokens % 2).any()
 
 
-def test_tensors_of_another_kind_are_refused(compiled):
+def test_tensors_of_another_kind_are_refused(kernels):
     states, weight = numbers(4, 8), torch.ones(8)
     with pytest.raises(TypeError, match="contiguous float32, got contiguous torch.bfloat16"):
-        compiled.add_norm(states.bfloat16(), None, weight, 1e-6)
+        kernels.add_norm(states.bfloat16(), None, weight, 1e-6)
     with pytest.raises(TypeError, match="got strided torch.float32"):
-        compiled.silu_multiply(states.T, states.T)
+        kernels.silu_multiply(states.T, states.T, states.T)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,7 +152,7 @@ def reloaded():
 
 
 def test_without_a_compiler_torch_computes_the_same(
-    compiled, reloaded, random_model, chat_tokenizer, monkeypatch
+    kernels, reloaded, random_model, chat_tokenizer, monkeypatch
 ):
     model = copy.deepcopy(random_model("qwen2")).float()
 
@@ -201,12 +186,12 @@ def test_a_compiler_that_fails_is_told_of_once(reloaded, monkeypatch, compiler, 
         assert fused_kernels.kernels_for(torch.ones(1)) is None
 
 
-def test_other_numbers_are_torchs(compiled):
+def test_other_numbers_are_torchs(kernels):
     assert fused_kernels.kernels_for(torch.ones(1, dtype=torch.float64)) is None
     assert fused_kernels.kernels_for(torch.ones(1, dtype=torch.bfloat16)) is None
     assert fused_kernels.kernels_for(torch.ones(1, device="meta")) is None
 
 
-def test_nothing_else_of_the_process_computes_otherwise(compiled):
+def test_nothing_else_of_the_process_computes_otherwise(kernels):
     # -ffast-math would make processors flush what is smaller than a normal number, everywhere.
     assert (torch.tensor(1e-40) * 1.0).item() > 0

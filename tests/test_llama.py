@@ -1,16 +1,32 @@
 """Completions scored without padding, each prompt once, against the library's forward over padded rows."""
 
+import copy
+
 import pytest
 import torch
+from conftest import needs_a_compiler
 from peft import LoraConfig, get_peft_model
 from test_decoders import LEAN, build
 
 import llama
 from batches import pad_batch
+from fused_kernels import kernels_for
 from models import Policy
 
 PROMPTS = [[5, 6, 7, 8], [9], [5, 6, 7, 8], [9], [9], [11, 12], [5, 6, 7, 8]]
 COMPLETIONS = [[20, 21], [22], [23, 24, 25], [], [26, 27, 28, 29, 30], [31], [32, 33, 34]]
+
+
+def assert_fused_equals_the_library(policy, batch, monkeypatch):
+    """In float32, which the kernels compute in, held to the library in float64."""
+    fused = copy.deepcopy(policy).float()
+    monkeypatch.setattr(Policy, "_skips_padding", lambda self, positions: True)
+    with monkeypatch.context() as patch:
+        patch.delattr(llama.Packing, "attend")  # so nobody else computes it
+        got = figures(fused, batch)
+    monkeypatch.setattr(Policy, "_skips_padding", lambda self, positions: False)
+    for ours, theirs in zip(got, figures(policy, batch), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def figures(policy, batch):
@@ -38,14 +54,30 @@ def test_completions_without_padding_have_the_librarys_figures_and_gradient(name
     assert_equals_the_library(policy, pad_batch(PROMPTS, COMPLETIONS, 0), monkeypatch)
 
 
-def test_an_adapter_learns_without_padding(monkeypatch):
+@needs_a_compiler
+@pytest.mark.parametrize("name", LEAN)
+def test_fused_blocks_have_the_librarys_figures_and_gradient(name, monkeypatch):
+    policy = Policy(build(name, LEAN[name]))
+    assert_fused_equals_the_library(policy, pad_batch(PROMPTS, COMPLETIONS, 0), monkeypatch)
+
+
+def adapted():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tuned = get_peft_model(build("qwen2", {}), LoraConfig(r=2, target_modules="all-linear"))
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
-    policy = Policy(tuned.double())
+    return Policy(tuned.double())
+
+
+@needs_a_compiler
+def test_an_adapter_learns_from_fused_blocks(monkeypatch):
+    assert_fused_equals_the_library(adapted(), pad_batch(PROMPTS, COMPLETIONS, 0), monkeypatch)
+
+
+def test_an_adapter_learns_without_padding(monkeypatch):
+    policy = adapted()
     assert policy._skips_padding(9)
     assert_equals_the_library(policy, pad_batch(PROMPTS, COMPLETIONS, 0), monkeypatch)
 
@@ -62,6 +94,8 @@ def test_an_adapter_learns_without_padding(monkeypatch):
 def test_every_shape_of_a_batch_goes_through(prompts, completions, monkeypatch):
     batch = pad_batch(prompts, completions, 0)
     assert_equals_the_library(Policy(build("qwen2", {})), batch, monkeypatch)
+    if kernels_for(torch.ones(1)):
+        assert_fused_equals_the_library(Policy(build("qwen2", {})), batch, monkeypatch)
 
 
 def test_tokens_that_do_not_count_are_still_read(monkeypatch):
@@ -90,6 +124,7 @@ def test_each_prompt_and_no_padding_goes_through_the_blocks():
     ],
 )
 def test_who_may_look_where_is_made_once_and_makes_no_bit_of_difference(weights, half, made_in, monkeypatch):
+    monkeypatch.setattr(llama, "fused_kernels", lambda model: None)
     policy = Policy(build("llama", {}).to(weights)).train()
     batch = pad_batch(PROMPTS, COMPLETIONS, 0)
     made = []

@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import SHAPE
+from conftest import SHAPE, needs_a_compiler
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+import llama
 import plan as plan_module
 from batches import pad_batch
 from models import Policy, checkpoint_activations, save_model
@@ -260,8 +261,13 @@ def saved_bytes(policy, load, half=False):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def planned_bytes(model, load, half=False, is_packed=True, is_checkpointed=False):
-    return Shape.of(model).kept_bytes(load, load.rows, half, is_packed, is_checkpointed, 0.0)
+def planned_bytes(model, load, half=False, blocks="packed", is_checkpointed=False):
+    return Shape.of(model).kept_bytes(load, load.rows, half, blocks, is_checkpointed, 0.0)
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    monkeypatch.setattr(llama, "fused_kernels", lambda model: None)
 
 
 LOADS = [
@@ -275,7 +281,7 @@ LONG = Load(10, 300, 300, 2, 4, 4)  # who may look where takes as much as all el
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_autograd_keeps_of_our_blocks_what_was_planned(name, half):
+def test_autograd_keeps_of_our_blocks_what_was_planned(name, half, by_torch):
     changes = {"sliding_window": None} if name == "mistral" else {}
     # In half precision, that is on a GPU, keys are repeated for their queries; here nothing can show that.
     model = build(name, head_dim=8, num_key_value_heads=8 if half else 2, **changes)
@@ -284,10 +290,20 @@ def test_autograd_keeps_of_our_blocks_what_was_planned(name, half):
         assert planned_bytes(model, load, half) == pytest.approx(kept, rel=0.08), load
 
 
-def test_checkpointed_blocks_keep_one_state_each():
+@needs_a_compiler
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_autograd_keeps_of_fused_blocks_what_was_planned(name):
+    changes = {"sliding_window": None} if name == "mistral" else {}
+    model = build(name, head_dim=8, **changes)
+    for load in (*LOADS, LONG):
+        kept = saved_bytes(Policy(model), load)
+        assert planned_bytes(model, load, blocks="fused") == pytest.approx(kept, rel=0.08), load
+
+
+def test_checkpointed_blocks_keep_one_state_each(by_torch):
     model, load = build("qwen2", num_hidden_layers=6), LOADS[0]
     checkpoint_activations(model)
-    again = Shape.of(model).block_bytes(load, load.rows, False, True, 0.0)  # in the backward pass
+    again = Shape.of(model).block_bytes(load, load.rows, False, "packed", 0.0)  # in the backward pass
     planned = planned_bytes(model, load, is_checkpointed=True) - again
     assert planned == pytest.approx(saved_bytes(Policy(model), load), rel=0.08)
 
@@ -298,7 +314,7 @@ def test_what_the_librarys_blocks_keep_is_known_to_a_third(name):
     critic = "shared" if name == "qwen2" else None  # who reads padded rows
     for load in LOADS:
         kept = saved_bytes(Policy(model, critic), load)
-        assert 0.95 < planned_bytes(model, load, is_packed=False) / kept < 1.35
+        assert 0.95 < planned_bytes(model, load, blocks="library") / kept < 1.35
 
 
 # ------------------------------------------------------------------------------------------------------------

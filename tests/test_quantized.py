@@ -106,7 +106,7 @@ def test_checkpointed_blocks_have_the_same_gradient(tiny):
         if is_checkpointed:
             checkpoint_activations(model)
         policy = Policy(model).train()
-        model.model.layers[0].mlp.register_forward_pre_hook(lambda *args: passes.append(1))
+        model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda *args: passes.append(1))
         logprobs, _, _ = policy(**batch)
         logprobs[batch["completion_mask"]].sum().backward()
         gradients.append([p.grad for p in policy.parameters()])
