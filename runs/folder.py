@@ -21,6 +21,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from fused_kernels import kernels_for
 from models import save_model
 from runs import lock
 from runs.checkpoint import (
@@ -202,7 +203,7 @@ def _write_run(start: Start, config: Any, model: Any) -> None:
 
 
 def environment(model: Any = None) -> dict[str, Any]:
-    """Versions, device, what attends and the commit: what one needs to know to run it again."""
+    """Versions, device, what computes and the commit: what one needs to know to run it again."""
     packages = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
     return {
         "python": platform.python_version(),
@@ -210,10 +211,16 @@ def environment(model: Any = None) -> dict[str, Any]:
         "packages": {name: _version(name) for name in packages},
         "device": _device_name(model),
         "attention": model.config._attn_implementation if hasattr(model, "config") else None,
+        "fused_kernels": _has_kernels(model),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "command": sys.argv,
     }
+
+
+def _has_kernels(model: Any) -> bool | None:
+    """Whether fused_kernels.c was compiled and computes for such weights; torch's sums round differently."""
+    return kernels_for(next(model.parameters())) is not None if hasattr(model, "parameters") else None
 
 
 def _device_name(model: Any) -> str:

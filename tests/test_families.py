@@ -11,6 +11,7 @@ from quick import lines, quick_grpo, quick_sft, same, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
+from fused_kernels import kernels_for
 from models import load_model
 from prompts import SYSTEM_PROMPT, encode_prompt, render_prompt
 from tokenizer import load_tokenizer
@@ -59,7 +60,9 @@ def check_run(output, folder):
     assert encode_prompt(load_tokenizer(str(final)), QUESTION) == encode_prompt(
         load_tokenizer(folder), QUESTION
     )
-    assert json.loads((output / "environment.json").read_text())["attention"] in ("sdpa", "eager")
+    environment = json.loads((output / "environment.json").read_text())
+    assert environment["attention"] in ("sdpa", "eager")
+    assert environment["fused_kernels"] is (kernels_for(torch.ones(1)) is not None)
     return final
 
 

@@ -56,7 +56,7 @@ ROOMS = {
         ],
         "sharding",
     ],
-    "runs": ["models", "runs.*", "sharding"],
+    "runs": ["fused_kernels", "models", "runs.*", "sharding"],
     "runs.config": [],
     "runs.console": [],
     "runs.training": [
@@ -71,7 +71,7 @@ ROOMS = {
     "runs.loop": ["memory", "runs.config", "runs.folder", "runs.signals"],
     # Engines: tokens in, tokens out.
     "inference": [],
-    "inference.sampling": ["inference", "fused_kernels"],
+    "inference.sampling": ["fused_kernels", "inference"],
     "inference.kv_cache": [],
     "inference.decoders": ["fused_kernels", "inference.kv_cache", "llama"],
     "inference.engine": ["inference", "inference.decoders", "inference.sampling", "memory"],
