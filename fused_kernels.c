@@ -4,6 +4,10 @@
    Rows are independent, and each is computed by one thread in one order: the numbers depend neither on the
    threads nor on the rows beside. Tensors are contiguous. */
 
+#if defined(__x86_64__) && !defined(__FMA__)
+#error "a processor without fused multiply-add is faster with torch's own operations"
+#endif
+
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -50,10 +54,10 @@ void add_norm(float *states, const float *added, const float *weight, double eps
     }
 }
 
-/* The gradient of `add_norm` with nothing added. Of the weight's there is one part for every CHUNK rows, so that
-   their sum does not depend on the threads. */
-void norm_backward(const float *grad, const float *states, const float *weight, double eps, float *grad_states,
-                   float *grad_weights, int64_t rows, int64_t width, int threads)
+/* The gradient of `add_norm` with nothing added. Of the weight's there is one part for every CHUNK rows, so
+   that their sum does not depend on the threads. */
+void norm_backward(const float *grad, const float *states, const float *weight, double eps,
+                   float *grad_states, float *grad_weights, int64_t rows, int64_t width, int threads)
 {
     enum { CHUNK = 64 };
     #pragma omp parallel for num_threads(threads)
@@ -179,9 +183,10 @@ void attend(const float *query, const float *key, const float *value, const floa
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------------
+/* ---------------------------------------------------------------------------------------------------------
    Packed texts, with gradients. A segment is a prompt or a completion: its first token, the token behind its
-   last, and those of the prompt before it; a prompt has none. Its tokens look at that prompt and at themselves. */
+   last, and those of the prompt before it; a prompt has none. Its tokens look at that prompt and at
+   themselves. */
 
 typedef struct { int64_t start, end, prompt_start, prompt_end; } segment;
 
@@ -196,8 +201,8 @@ static inline int64_t token_of(const segment *s, int64_t n)
     return n < before ? s->prompt_start + n : s->start + n - before;
 }
 
-/* A head of all `count` tokens that a segment reads: as rows `[count, width]`, 0 behind the `size` numbers, and
-   as columns `[size, stride]`. */
+/* A head of all `count` tokens that a segment reads: as rows `[count, width]`, 0 behind the `size` numbers,
+   and as columns `[size, stride]`. */
 static void gather(const float *tokens, const segment *s, int64_t heads, int64_t head, int64_t count,
                    int64_t size, int64_t width, int64_t stride, float *rows, float *columns)
 {
@@ -232,7 +237,8 @@ static void products(const float *const vectors[TILE], const float *columns, int
 }
 
 /* Sums `[TILE, width]` of rows, each times its weight of `[TILE, stride]`. */
-static void mix(const float *weights, const float *rows, int64_t count, int64_t width, int64_t stride, float *to)
+static void mix(const float *weights, const float *rows, int64_t count, int64_t width, int64_t stride,
+                float *to)
 {
     const float *a = weights, *b = a + stride, *c = b + stride, *d = c + stride;
     for (int64_t from = 0; from < width; from += LANES) {
@@ -298,8 +304,8 @@ static inline int64_t width_of(int64_t size)
     return (size + LANES - 1) / LANES * LANES;
 }
 
-/* Attention of packed texts; queries are scaled. `scratch` is [threads, room]; `stride` is a multiple of LANES
-   that the longest text fits in. */
+/* Attention of packed texts; queries are scaled. `scratch` is [threads, room]; `stride` is a multiple of
+   LANES that the longest text fits in. */
 void attend_packed(const float *query, const float *key, const float *value, const segment *segments,
                    float *out, float *logsumexp, float *scratch, int64_t room, int64_t count_segments,
                    int64_t query_heads, int64_t heads, int64_t size, int64_t stride, int threads)
@@ -341,7 +347,8 @@ void attend_packed(const float *query, const float *key, const float *value, con
 }
 
 /* Its gradients. What completions give to their prompts' keys and values goes to `of_prompts`,
-   [2, segments, heads, longest prompt, size], and is added up in their order: no two threads add to one number. */
+   [2, segments, heads, longest prompt, size], and is added up in their order: no two threads add to one
+   number. */
 void attend_packed_backward(const float *grad, const float *query, const float *key, const float *value,
                             const float *out, const float *logsumexp, const segment *segments,
                             float *grad_query, float *grad_key, float *grad_value, float *of_prompts,
@@ -407,7 +414,7 @@ void attend_packed_backward(const float *grad, const float *query, const float *
         const int64_t head = task % heads;
         for (int64_t other = 0; other < count_segments; other++) {
             const segment *s = segments + other;
-            if (s->prompt_start != prompt->start)
+            if (s->prompt_start != prompt->start || s->prompt_end != prompt->end)
                 continue;
             for (int64_t n = 0; n < s->prompt_end - s->prompt_start; n++) {
                 const int64_t place = ((prompt->start + n) * heads + head) * size;

@@ -25,6 +25,7 @@ SOURCE = Path(__file__).with_name("fused_kernels.c")
 # Sums may be taken in the order that fills a vector; what is no number stays none.
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
 FLAGS += " -fopenmp -fPIC -shared"
+COMPILE_SECONDS = 60  # a second is usual
 NORM_CHUNK, TILE, LANES = 64, 4, 16  # as in fused_kernels.c
 ARGUMENTS = {
     "add_norm": [c_void_p, c_void_p, c_void_p, c_double, c_void_p, c_int64, c_int64, c_int],
@@ -47,16 +48,17 @@ def kernels_for(tensor: Tensor) -> "Kernels | None":
 
 @functools.cache
 def _load() -> "Kernels | None":
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
-        return None
+    asked = os.environ.get("CC", "").strip() or "cc"
     try:
-        return Kernels(_compile(compiler))
-    except (subprocess.CalledProcessError, OSError) as error:
-        told = getattr(error, "stderr", None) or str(error)
+        compiler = shlex.split(asked)
+        return Kernels(_compile(compiler)) if shutil.which(compiler[0]) else None
+    except (subprocess.SubprocessError, OSError, ValueError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        # What a compiler complains of first, the others follow from.
+        told = next((line for line in lines if "error" in line), (lines or [type(error).__name__])[-1])
         warnings.warn(
-            "torch's own operations sample in place of fused_kernels.c, in up to twice the time: "
-            f"{shlex.join(compiler)} or what loads its work failed: {told.strip().splitlines()[-1]}",
+            "torch's own operations compute in place of fused_kernels.c, in up to twice the time: "
+            f"{asked}, or what loads its work, failed: {told.strip()}",
             stacklevel=2,
         )
         return None
@@ -64,10 +66,14 @@ def _load() -> "Kernels | None":
 
 def _compile(compiler: list[str]) -> ctypes.CDLL:
     """fused_kernels.c as a library of this process; nothing stays on disk."""
-    with tempfile.TemporaryDirectory() as folder:
+    # A library that is in use may keep its name on some network disks.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         library = Path(folder) / "kernels.so"
         command = [*compiler, *FLAGS.split(), str(SOURCE), "-o", str(library), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=COMPILE_SECONDS
+        )
+        done.check_returncode()
         # Its OpenMP is the one that torch has loaded, so both share their threads.
         return ctypes.CDLL(str(library))
 
@@ -89,9 +95,11 @@ class Kernels:
     def _at(self, *tensors: Tensor) -> list[int]:
         """Where the numbers of tensors begin."""
         for tensor in tensors:
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            is_ours = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+            if not is_ours or not tensor.is_contiguous():
                 kind = "contiguous" if tensor.is_contiguous() else "strided"
-                raise TypeError(f"kernels take contiguous float32, got {kind} {tensor.dtype}")
+                got = f"{kind} {tensor.dtype} on {tensor.device}"
+                raise TypeError(f"kernels take contiguous float32 on the CPU, got {got}")
         return [tensor.data_ptr() for tensor in tensors]
 
     def add_norm(self, states: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -230,7 +238,7 @@ class Kernels:
         """Tokens `[B]` and their log-probabilities `[B]`; see `inference.sampling.choose`."""
         tokens, logprobs = torch.empty(len(logits), dtype=torch.long), logits.new_empty(len(logits))
         read, told = self._at(logits, logprobs)
-        uniforms = uniforms.double()
+        uniforms = uniforms.to("cpu", torch.float64).contiguous()
         where = (read, temperature, uniforms.data_ptr(), tokens.data_ptr(), told)
         self._library.sample(*where, *logits.shape, _threads(logits.numel()))
         return tokens, logprobs

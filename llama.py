@@ -49,9 +49,12 @@ def fused_kernels(model: nn.Module, like: Tensor | None = None) -> Kernels | Non
         model: a causal language model.
         like: a tensor as its weights will be, where they are elsewhere yet.
     """
-    like = model.model.norm.weight if like is None else like
-    is_plain = model.config.hidden_act == "silu" and not torch.is_autocast_enabled(like.device.type)
-    return kernels_for(like) if is_plain else None
+    kernels = kernels_for(model.model.norm.weight if like is None else like)
+    if kernels is None or model.config.hidden_act != "silu" or torch.is_autocast_enabled("cpu"):
+        return None
+    # Norms and biases may be of another dtype than the last norm.
+    vectors = (parameter for parameter in model.model.parameters() if parameter.ndim == 1)
+    return kernels if all(vector.dtype == torch.float32 for vector in vectors) else None
 
 
 def project(attention: nn.Module, read: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

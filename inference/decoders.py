@@ -170,11 +170,18 @@ class FusedDecoder(LlamaDecoder):
         super().__init__(model, slots, positions)
         self.kernels = kernels
 
+    def _reserve(self, keys: Sequence[Tensor], states: Tensor) -> None:
+        super()._reserve(keys, states)
+        # Nothing is read before it is written; and nothing that was written may be taken for new.
+        self.cache.reached = self.positions
+
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
         """As `LlamaDecoder.advance`."""
         decoder, add_norm = self.model.model, self._add_norm
         places = self.cache.lengthen()
+        if int(places.max()) >= self.positions:
+            raise IndexError(f"a row has its {self.positions} positions, and no room for another token")
         states, added = decoder.embed_tokens(tokens), None
         for number, layer in enumerate(decoder.layers):
             attention, mlp = layer.self_attn, layer.mlp

@@ -72,7 +72,7 @@ def _choose(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> tuple[T
     if is_whole and params.temperature > 0.0:
         kernels = kernels_for(logits)
         from_all = kernels.sample if kernels else _choose_from_all
-        return from_all(logits.contiguous(), params.temperature, uniforms.contiguous())
+        return from_all(logits.contiguous(), params.temperature, uniforms)
     logprobs = warp(logits, params)
     is_greedy = params.temperature == 0.0
     tokens = logits.argmax(dim=-1) if is_greedy else _search(logprobs.exp(), uniforms)

@@ -137,6 +137,30 @@ def test_what_memory_held_before_is_never_read(monkeypatch, dtype):
     branch(model, make_decoder(model, 5, 40))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_longer_prompt_that_joins_leaves_what_others_wrote(dtype):
+    model = build("qwen2", {}).to(dtype)
+    decoder, text, joining = make_decoder(model, 3, 40), [5, 6, 7], list(range(30, 45))
+    decoder.admit([text], [1])
+    for token in range(50, 58):
+        decoder.advance(torch.tensor([token]))
+        text.append(token)
+    decoder.admit([joining], [1])
+    logits = decoder.advance(torch.tensor([60, 61]))
+    for got, whole in zip(logits, ([*text, 60], [*joining, 61]), strict=True):
+        with torch.no_grad():
+            held_to(model(torch.tensor([whole])).logits[0, -1], got)
+
+
+@needs_a_compiler
+def test_a_row_without_room_is_refused_before_anything_is_written():
+    decoder = make_decoder(build("qwen2", {}).float(), 1, 4)
+    decoder.admit([[5, 6, 7]], [1])
+    decoder.advance(torch.tensor([8]))
+    with pytest.raises(IndexError, match="its 4 positions"):
+        decoder.advance(torch.tensor([9]))
+
+
 @needs_a_compiler
 def test_only_what_is_the_same_is_fused():
     model = build("qwen2", {}).float()

@@ -1,6 +1,7 @@
 """Each fused kernel against torch's operations in float64, and what happens without a compiler."""
 
 import copy
+import platform
 import warnings
 
 import pytest
@@ -133,8 +134,10 @@ def test_the_same_random_numbers_draw_the_tokens_that_torch_draws(kernels, size,
 
 def test_tensors_of_another_kind_are_refused(kernels):
     states, weight = numbers(4, 8), torch.ones(8)
-    with pytest.raises(TypeError, match="contiguous float32, got contiguous torch.bfloat16"):
+    with pytest.raises(TypeError, match="contiguous float32 on the CPU, got contiguous torch.bfloat16"):
         kernels.add_norm(states.bfloat16(), None, weight, 1e-6)
+    with pytest.raises(TypeError, match="got contiguous torch.float32 on meta"):
+        kernels.add_norm(states, None, weight.to("meta"), 1e-6)
     with pytest.raises(TypeError, match="got strided torch.float32"):
         kernels.silu_multiply(states.T, states.T, states.T)
 
@@ -175,7 +178,17 @@ def test_without_a_compiler_torch_computes_the_same(
 
 @needs_a_compiler
 @pytest.mark.parametrize(
-    ("compiler", "told"), [("false", "false"), ("cc -fno-such-option", "no-such-option")]
+    ("compiler", "told"),
+    [
+        ("false", "false, or .*exit status 1"),
+        ("cc -fno-such-option", "no-such-option"),
+        pytest.param(
+            "cc -mno-fma",
+            "without fused multiply-add",
+            marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="others always have it"),
+        ),
+        ('"cc', "No closing quotation"),
+    ],
 )
 def test_a_compiler_that_fails_is_told_of_once(reloaded, monkeypatch, compiler, told):
     monkeypatch.setenv("CC", compiler)
