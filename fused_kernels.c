@@ -1,5 +1,5 @@
-/* What a processor computes between the matrix products of a step of decoding: each of these in one pass,
-   where torch would call ten operations. fused_kernels.py compiles it, and tells of every argument.
+/* What a processor computes between the matrix products of decoding and of an update: each of these in one
+   pass, where torch would call ten operations. fused_kernels.py compiles it, and tells of every argument.
 
    Rows are independent, and each is computed by one thread in one order: the numbers depend neither on the
    threads nor on the rows beside. Tensors are contiguous. */

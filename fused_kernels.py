@@ -1,5 +1,5 @@
-"""Fused kernels for a processor, in C: what a step of decoding
-computes between its matrix products, each in one pass.
+"""Fused kernels for a processor, in C: what decoding and an update
+compute between their matrix products, each in one pass.
 
 torch calls ten operations for each of them, which takes a small model more time than its matrix products.
 A system's C compiler makes them of fused_kernels.c when they are first asked for, within a second. Without

@@ -90,7 +90,7 @@ class TrainingConfig:
     """Keep one state a block and compute the rest again: less memory for activations, a third more time."""
     torch_compile: bool = False
     """Compile the blocks for updates: a minute or more at the start, for fewer kernels and fewer bytes moved
-    between them. On a processor it gains a twentieth to a tenth. Models of the Llama family."""
+    between them. For GPUs: on a processor it replaces the fused kernels, which are faster. Llama family."""
     total_steps: int
     """How long to train."""
     optimizer: OptimizerName = "adamw"
