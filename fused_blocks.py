@@ -16,42 +16,17 @@ def norm(module: nn.Module, states: Tensor, kernels: Kernels) -> Tensor:
     return _Norm.apply(states, module.weight, module.variance_epsilon, kernels)
 
 
-def norm_heads(module: nn.Module, heads: Tensor, kernels: Kernels) -> Tensor:
-    """The same of every head of `[N, heads x D]`."""
+def _norm_heads(module: nn.Module, heads: Tensor, kernels: Kernels) -> Tensor:
     return norm(module, heads.view(-1, len(module.weight)), kernels).view(heads.shape)
 
 
-def gate(opened: Tensor, up: Tensor, kernels: Kernels) -> Tensor:
-    """`silu(opened) * up`."""
-    return _Gate.apply(opened, up, kernels)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    scaling: float,
-    segments: Tensor,
-    kernels: Kernels,
-) -> Tensor:
-    """Causal attention of every token to its own text.
-
-    Args:
-        query: `[N, query heads x D]`, not turned to its position yet.
-        key: `[N, heads x D]`, likewise.
-        value: `[N, heads x D]`.
-        cos: `[N, 1, D]`; see `llama.angles`.
-        sin: `[N, 1, D]`.
-        scaling: of the scores.
-        segments: `[S, 4]`; see `Kernels.attend_packed`.
-        kernels: of this dtype.
-
-    Returns:
-        `[N, query heads x D]`.
-    """
-    return _Attention.apply(query, key, value, cos, sin, scaling, segments, kernels)
+def project(attention: nn.Module, read: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[N, heads x D]` of normed states `[N, H]`, not turned to their positions."""
+    query, key, value = attention.q_proj(read), attention.k_proj(read), attention.v_proj(read)
+    if hasattr(attention, "q_norm"):  # Qwen3
+        query = _norm_heads(attention.q_norm, query, kernels)
+        key = _norm_heads(attention.k_norm, key, kernels)
+    return query, key, value
 
 
 class _Norm(torch.autograd.Function):
@@ -68,7 +43,9 @@ class _Norm(torch.autograd.Function):
         return of_states, of_weight, None, None
 
 
-class _Gate(torch.autograd.Function):
+class Gate(torch.autograd.Function):
+    """`silu(opened) * up`."""
+
     @staticmethod
     def forward(ctx: Any, opened: Tensor, up: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(opened, up)
@@ -81,7 +58,13 @@ class _Gate(torch.autograd.Function):
         return *ctx.kernels.silu_multiply_backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
-class _Attention(torch.autograd.Function):
+class Attention(torch.autograd.Function):
+    """Causal attention of every token to its own text: `[N, query heads x D]`.
+
+    Query, key and value are those of `project`, cos and sin those of `llama.angles`, `scaling` that of the
+    scores, and `segments` what `Kernels.attend_packed` says.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,

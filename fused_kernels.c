@@ -215,19 +215,20 @@ static void gather(const float *tokens, const segment *s, int64_t heads, int64_t
             columns[i * stride + n] = n < count ? rows[n * width + i] : 0;
 }
 
-/* Products of vectors with the first `count` columns, `[TILE, stride]`; a multiple of LANES is written. */
-static void products(const float *const vectors[TILE], const float *columns, int64_t count, int64_t size,
-                     int64_t stride, float *to)
+/* Sums of `count` rows, each times its weights: of every row the first `width` numbers, up to a multiple of
+   LANES. Rows and sums `[TILE, stride]` are `stride` apart. */
+static void combine(const float *const weights[TILE], const float *rows, int64_t count, int64_t width,
+                    int64_t stride, float *to)
 {
-    const float *a = vectors[0], *b = vectors[1], *c = vectors[2], *d = vectors[3];
-    for (int64_t from = 0; from < count; from += LANES) {
+    const float *a = weights[0], *b = weights[1], *c = weights[2], *d = weights[3];
+    for (int64_t from = 0; from < width; from += LANES) {
         lanes of_a = {0}, of_b = {0}, of_c = {0}, of_d = {0};
-        for (int64_t i = 0; i < size; i++) {
-            const lanes column = *(const lanes *)(columns + i * stride + from);
-            of_a += a[i] * column;
-            of_b += b[i] * column;
-            of_c += c[i] * column;
-            of_d += d[i] * column;
+        for (int64_t n = 0; n < count; n++) {
+            const lanes row = *(const lanes *)(rows + n * stride + from);
+            of_a += a[n] * row;
+            of_b += b[n] * row;
+            of_c += c[n] * row;
+            of_d += d[n] * row;
         }
         *(lanes *)(to + from) = of_a;
         *(lanes *)(to + stride + from) = of_b;
@@ -236,25 +237,21 @@ static void products(const float *const vectors[TILE], const float *columns, int
     }
 }
 
+/* Products of vectors with the first `count` columns, `[TILE, stride]`. */
+static void products(const float *const vectors[TILE], const float *columns, int64_t count, int64_t size,
+                     int64_t stride, float *to)
+{
+    combine(vectors, columns, size, count, stride, to);
+}
+
 /* Sums `[TILE, width]` of rows, each times its weight of `[TILE, stride]`. */
 static void mix(const float *weights, const float *rows, int64_t count, int64_t width, int64_t stride,
                 float *to)
 {
-    const float *a = weights, *b = a + stride, *c = b + stride, *d = c + stride;
-    for (int64_t from = 0; from < width; from += LANES) {
-        lanes of_a = {0}, of_b = {0}, of_c = {0}, of_d = {0};
-        for (int64_t n = 0; n < count; n++) {
-            const lanes row = *(const lanes *)(rows + n * width + from);
-            of_a += a[n] * row;
-            of_b += b[n] * row;
-            of_c += c[n] * row;
-            of_d += d[n] * row;
-        }
-        *(lanes *)(to + from) = of_a;
-        *(lanes *)(to + width + from) = of_b;
-        *(lanes *)(to + 2 * width + from) = of_c;
-        *(lanes *)(to + 3 * width + from) = of_d;
-    }
+    const float *of_each[TILE];
+    for (int64_t t = 0; t < TILE; t++)
+        of_each[t] = weights + t * stride;
+    combine(of_each, rows, count, width, width, to);
 }
 
 /* Add vectors `[TILE, width]` to every row, each times the row's weight of it. */

@@ -58,7 +58,7 @@ def _load() -> "Kernels | None":
         told = next((line for line in lines if "error" in line), (lines or [type(error).__name__])[-1])
         warnings.warn(
             "torch's own operations compute in place of fused_kernels.c, in up to twice the time: "
-            f"{asked}, or what loads its work, failed: {told.strip()}",
+            f"{asked}, or what loads its work, failed: {told.strip()}; CC can name another compiler",
             stacklevel=2,
         )
         return None

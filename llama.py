@@ -307,14 +307,11 @@ def run_fused_block(layer: nn.Module, states: Tensor, packing: Packing, cos: Ten
     """As `run_block`, all between the linear layers by the packing's kernels."""
     attention, mlp, kernels = layer.self_attn, layer.mlp, packing.kernels
     read = fused_blocks.norm(layer.input_layernorm, states, kernels)
-    query, key, value = attention.q_proj(read), attention.k_proj(read), attention.v_proj(read)
-    if hasattr(attention, "q_norm"):  # Qwen3
-        query = fused_blocks.norm_heads(attention.q_norm, query, kernels)
-        key = fused_blocks.norm_heads(attention.k_norm, key, kernels)
-    mixed = fused_blocks.attend(query, key, value, cos, sin, attention.scaling, packing.segments, kernels)
+    asked = fused_blocks.project(attention, read, kernels)
+    mixed = fused_blocks.Attention.apply(*asked, cos, sin, attention.scaling, packing.segments, kernels)
     states = states + attention.o_proj(mixed)
     read = fused_blocks.norm(layer.post_attention_layernorm, states, kernels)
-    return states + mlp.down_proj(fused_blocks.gate(mlp.gate_proj(read), mlp.up_proj(read), kernels))
+    return states + mlp.down_proj(fused_blocks.Gate.apply(mlp.gate_proj(read), mlp.up_proj(read), kernels))
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+import fused_blocks
 from fused_kernels import Kernels
 from inference.kv_cache import SlotCache, WindowCache
 from llama import LLAMA_FAMILY, angles, fused_kernels, is_llama, project, turn, without_adapter
@@ -186,14 +187,9 @@ class FusedDecoder(LlamaDecoder):
         for number, layer in enumerate(decoder.layers):
             attention, mlp = layer.self_attn, layer.mlp
             read = add_norm(layer.input_layernorm, states, added)
-            query, key, value = attention.q_proj(read), attention.k_proj(read), attention.v_proj(read)
-            if hasattr(attention, "q_norm"):  # Qwen3
-                query = self._norm_heads(attention.q_norm, query)
-                key = self._norm_heads(attention.k_norm, key)
+            asked = fused_blocks.project(attention, read, self.kernels)
             cached = self.cache.block[number].unbind()
-            mixed = self.kernels.attend(
-                query, key, value, self.cos, self.sin, places, *cached, attention.scaling
-            )
+            mixed = self.kernels.attend(*asked, self.cos, self.sin, places, *cached, attention.scaling)
             read = add_norm(layer.post_attention_layernorm, states, attention.o_proj(mixed))
             gate = mlp.gate_proj(read)
             added = mlp.down_proj(self.kernels.silu_multiply(gate, mlp.up_proj(read), gate))
@@ -201,9 +197,6 @@ class FusedDecoder(LlamaDecoder):
 
     def _add_norm(self, norm: nn.Module, states: Tensor, added: Tensor | None) -> Tensor:
         return self.kernels.add_norm(states, added, norm.weight, norm.variance_epsilon)
-
-    def _norm_heads(self, norm: nn.Module, heads: Tensor) -> Tensor:
-        return self._add_norm(norm, heads.view(-1, len(norm.weight)), None).view(heads.shape)
 
 
 class WindowDecoder(LlamaDecoder):

@@ -38,9 +38,8 @@ def test_a_gate(kernels):
     def theirs(opened, up):
         return torch.nn.functional.silu(opened) * up
 
-    held_to(
-        lambda *both: fused_blocks.gate(*both, kernels), theirs, numbers(50, 33, scale=8), numbers(50, 33)
-    )
+    both = numbers(50, 33, scale=8), numbers(50, 33, seed=1)
+    held_to(lambda *given: fused_blocks.Gate.apply(*given, kernels), theirs, *both)
 
 
 # Prompts first, then completions with the number of their prompt: lengths of each.
@@ -76,7 +75,7 @@ def test_attention(kernels, name, heads, query_heads, size):
     cos[..., size // 2 :], sin[..., size // 2 :] = cos[..., : size // 2], -sin[..., : size // 2]
 
     def ours(query, key, value):
-        return fused_blocks.attend(query, key, value, cos, sin, scaling, segments, kernels)
+        return fused_blocks.Attention.apply(query, key, value, cos, sin, scaling, segments, kernels)
 
     def theirs(query, key, value):
         query, key = (turn(x.view(count, -1, size), cos.double(), sin.double()) for x in (query, key))
@@ -103,8 +102,8 @@ def test_gradients_have_the_same_bits_whoever_computes_them(kernels):
             torch.set_num_threads(count)
             read = [numbers(len(sees), width, seed=width).requires_grad_() for width in (128, 64, 65)]
             key = fused_blocks.norm(module, read[1], kernels)
-            value = fused_blocks.gate(read[1], read[1] * 2, kernels)
-            mixed = fused_blocks.attend(read[0], key, value, cos, sin, 0.2, segments, kernels)
+            value = fused_blocks.Gate.apply(read[1], read[1] * 2, kernels)
+            mixed = fused_blocks.Attention.apply(read[0], key, value, cos, sin, 0.2, segments, kernels)
             told.append((mixed, *torch.autograd.grad(mixed.square().sum(), [*read[:2], weight])))
     finally:
         torch.set_num_threads(threads)
@@ -118,7 +117,7 @@ def test_what_is_no_number_stays_in_its_text(kernels):
     query, key, value = (numbers(len(sees), 64, seed=seed).requires_grad_() for seed in range(3))
     with torch.no_grad():
         key[5] = torch.nan  # of the second prompt
-    mixed = fused_blocks.attend(query, key, value, cos, sin, 0.2, segments, kernels)
+    mixed = fused_blocks.Attention.apply(query, key, value, cos, sin, 0.2, segments, kernels)
     grad = torch.autograd.grad(mixed.sum(), query)[0]
     others = torch.cat([torch.arange(0, 5), torch.arange(11, 18), torch.arange(26, 35)])
     for numbers_of in (mixed, grad):

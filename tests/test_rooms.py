@@ -73,7 +73,7 @@ ROOMS = {
     "inference": [],
     "inference.sampling": ["fused_kernels", "inference"],
     "inference.kv_cache": [],
-    "inference.decoders": ["fused_kernels", "inference.kv_cache", "llama"],
+    "inference.decoders": ["fused_blocks", "fused_kernels", "inference.kv_cache", "llama"],
     "inference.engine": ["inference", "inference.decoders", "inference.sampling", "memory"],
     "inference.http": [],
     "inference.server_engine": ["inference", "inference.http", "prompts"],
