@@ -442,7 +442,13 @@ def test_models_stand_side_by_side(visitor, model):
         column = visitor.page.locator(f"#compare-{place}")
         column.locator("[data-testid=bot]").last.get_by_text(answer, exact=True).wait_for()
     box.fill("long, asked of all")
-    box.press("Enter")
+
+    def is_asked():
+        # Until the answers are over, which shows nowhere, Enter asks nothing and the question stays.
+        box.press("Enter")
+        return any("long, asked of all" in prompt for prompt in model.engine.prompts)
+
+    wait_until(is_asked)
     visitor.page.locator("#compare-3").get_by_text("Thinking…").wait_for()
     visitor.page.locator("#compare-question .stop-button").click()
     prompt = prompt_of(model, "long, asked of all")
