@@ -29,6 +29,58 @@ def project(attention: nn.Module, read: Tensor, kernels: Kernels) -> tuple[Tenso
     return query, key, value
 
 
+class PlainBlocks:
+    """Blocks whose linear layers are plain, through which one position of every row goes in one call.
+
+    Their weights are read where they are, as they then are; where a parameter is given other memory, what it
+    had before.
+    """
+
+    def __init__(self, layers: nn.ModuleList, kernels: Kernels) -> None:
+        """Take layers that `are_plain`."""
+        attention, mlp = layers[0].self_attn, layers[0].mlp
+        self.query_heads = attention.q_proj.out_features // attention.head_dim
+        self.inner = mlp.gate_proj.out_features
+        self.eps, self.scaling = layers[0].input_layernorm.variance_epsilon, attention.scaling
+        self._kernels = kernels
+        # Held, so that the memory stays.
+        self._weights = [
+            [weight if weight is None else weight.detach() for weight in _weights(layer)] for layer in layers
+        ]
+        self._table = torch.tensor([kernels.addresses(weights) for weights in self._weights])
+
+    def add(self, states: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, cache: Tensor) -> Tensor:
+        """What the last block adds to the states, as they then are; see `Kernels.decode`."""
+        sizes = (self.query_heads, self.inner, self.eps, self.scaling)
+        return self._kernels.decode(self._table, states, cos, sin, lengths, cache, *sizes)
+
+
+def are_plain(layers: nn.ModuleList) -> bool:
+    """Are the linear layers of blocks nothing but a product? Not under an adapter, in 4 bits, or hooked."""
+    return all(
+        type(module) is nn.Linear
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and type(module.weight) is nn.Parameter
+        and module.weight.dtype == torch.float32
+        and module.weight.is_contiguous()
+        for layer in layers
+        for module in _linears(layer)
+    )
+
+
+def _linears(layer: nn.Module) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    of_attention = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _weights(layer: nn.Module) -> list[Tensor | None]:
+    attention = layer.self_attn
+    norms = [layer.input_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
+    scales = [norm and norm.weight for norm in [*norms, layer.post_attention_layernorm]]
+    return [*scales, *(weight for linear in _linears(layer) for weight in (linear.weight, linear.bias))]
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:

@@ -13,6 +13,12 @@
 #include <stdint.h>
 #include <string.h>
 
+/* As many threads as torch's own operations take, and one where waking the others would take longer. */
+static inline int share(int64_t numbers, int threads)
+{
+    return numbers > 4096 ? threads : 1;
+}
+
 /* Positions whose keys or values stay in the first cache while every query head reads them. */
 enum { BLOCK = 32 };
 
@@ -38,7 +44,7 @@ static inline float exponential(float x)
 void add_norm(float *states, const float *added, const float *weight, double eps, float *out,
               int64_t rows, int64_t width, int threads)
 {
-    #pragma omp parallel for num_threads(threads)
+    #pragma omp parallel for num_threads(share(rows * width, threads))
     for (int64_t row = 0; row < rows; row++) {
         float *restrict state = states + row * width;
         float *restrict to = out + row * width;
@@ -60,7 +66,7 @@ void norm_backward(const float *grad, const float *states, const float *weight, 
                    float *grad_states, float *grad_weights, int64_t rows, int64_t width, int threads)
 {
     enum { CHUNK = 64 };
-    #pragma omp parallel for num_threads(threads)
+    #pragma omp parallel for num_threads(share(rows * width, threads))
     for (int64_t chunk = 0; chunk < (rows + CHUNK - 1) / CHUNK; chunk++) {
         float *restrict of_weight = grad_weights + chunk * width;
         memset(of_weight, 0, width * sizeof(float));
@@ -91,7 +97,7 @@ static inline float sigmoid(float x)
 /* out = silu(gate) * up; out may be gate. */
 void silu_multiply(const float *gate, const float *up, float *out, int64_t numbers, int threads)
 {
-    #pragma omp parallel for simd num_threads(threads)
+    #pragma omp parallel for simd num_threads(share(numbers, threads))
     for (int64_t i = 0; i < numbers; i++)
         out[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
@@ -99,7 +105,7 @@ void silu_multiply(const float *gate, const float *up, float *out, int64_t numbe
 void silu_multiply_backward(const float *restrict grad, const float *restrict gate, const float *restrict up,
                             float *restrict grad_gate, float *restrict grad_up, int64_t numbers, int threads)
 {
-    #pragma omp parallel for simd num_threads(threads)
+    #pragma omp parallel for simd num_threads(share(numbers, threads))
     for (int64_t i = 0; i < numbers; i++) {
         const float x = gate[i], share = sigmoid(x);
         grad_up[i] = grad[i] * x * share;
@@ -166,7 +172,7 @@ void attend(const float *query, const float *key, const float *value, const floa
             int64_t query_heads, int64_t heads, int64_t size, int64_t positions, double scaling, int threads)
 {
     const int64_t queries = query_heads / heads;
-    #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+    #pragma omp parallel for schedule(dynamic, 4) num_threads(share(rows * query_heads * size * positions, threads))
     for (int64_t head = 0; head < rows * heads; head++) {
         const int64_t place = lengths[head / heads], slot = head * positions * size;
         float *weights = scratch + omp_get_thread_num() * queries * positions;
@@ -180,6 +186,62 @@ void attend(const float *query, const float *key, const float *value, const floa
         case 128: ATTEND(128); break;
         default: ATTEND(size);
         }
+    }
+}
+
+/* The product of a linear layer, by the BLAS that torch calls; a size is read as 32 bits or as 64. */
+typedef void gemm(const char *, const char *, const int64_t *, const int64_t *, const int64_t *, const float *,
+                  const float *, const int64_t *, const float *, const int64_t *, const float *, float *,
+                  const int64_t *);
+typedef struct { const float *weight, *bias; } linear;
+
+static void project(gemm *sgemm, const linear *layer, const float *from, float *to, int64_t rows,
+                    int64_t inputs, int64_t outputs)
+{
+    const float one = 1, onto = layer->bias ? 1 : 0;
+    for (int64_t row = 0; layer->bias && row < rows; row++)
+        memcpy(to + row * outputs, layer->bias, outputs * sizeof(float));
+    sgemm("T", "N", &outputs, &rows, &inputs, &one, layer->weight, &inputs, from, &inputs, &onto, to, &outputs);
+}
+
+/* Blocks of plain linear layers, all of them in one call: a small model's step is over sooner than Python has
+   asked for its parts. What has no bias, and no norm of queries and keys, has NULL. */
+typedef struct {
+    const float *attention_norm, *query_norm, *key_norm, *mlp_norm;
+    linear query, key, value, out, gate, up, down;
+} block;
+
+/* One newest position a row through all blocks: `states` is what the last one adds to, `added` what it adds.
+   The cache is [layers, 2, slots, heads, positions, size]; `scratch` is what the rows need between the parts,
+   and behind it that of `attend`. */
+void decode(gemm *sgemm, const block *blocks, float *states, float *added, const float *cos, const float *sin,
+            const int64_t *lengths, float *cache, float *scratch, int64_t layers, int64_t rows, int64_t width,
+            int64_t inner, int64_t query_heads, int64_t heads, int64_t size, int64_t slots, int64_t positions,
+            double eps, double scaling, int threads)
+{
+    const int64_t asked = query_heads * size, held = heads * size, half = slots * positions * held;
+    float *read = scratch, *query = read + rows * width, *key = query + rows * asked;
+    float *value = key + rows * held, *mixed = value + rows * held, *gate = mixed + rows * asked;
+    float *up = gate + rows * inner, *weights = up + rows * inner;
+    for (int64_t number = 0; number < layers; number++) {
+        const block *b = blocks + number;
+        float *keys = cache + 2 * number * half;
+        add_norm(states, number ? added : NULL, b->attention_norm, eps, read, rows, width, threads);
+        project(sgemm, &b->query, read, b->query_norm ? mixed : query, rows, width, asked);
+        if (b->query_norm)
+            add_norm(mixed, NULL, b->query_norm, eps, query, rows * query_heads, size, threads);
+        project(sgemm, &b->key, read, b->key_norm ? mixed : key, rows, width, held);
+        if (b->key_norm)
+            add_norm(mixed, NULL, b->key_norm, eps, key, rows * heads, size, threads);
+        project(sgemm, &b->value, read, value, rows, width, held);
+        attend(query, key, value, cos, sin, lengths, keys, keys + half, mixed, weights, rows, query_heads, heads,
+               size, positions, scaling, threads);
+        project(sgemm, &b->out, mixed, added, rows, asked, width);
+        add_norm(states, added, b->mlp_norm, eps, read, rows, width, threads);
+        project(sgemm, &b->gate, read, gate, rows, width, inner);
+        project(sgemm, &b->up, read, up, rows, width, inner);
+        silu_multiply(gate, up, gate, rows * inner, threads);
+        project(sgemm, &b->down, gate, added, rows, inner, width);
     }
 }
 
@@ -289,7 +351,7 @@ static tile take_tile(const segment *s, int64_t from, int64_t queries, int64_t q
 void turn_heads(const float *tokens, const float *cos, const float *sin, double scale, float *out,
                 int64_t count, int64_t heads, int64_t size, int threads)
 {
-    #pragma omp parallel for num_threads(threads)
+    #pragma omp parallel for num_threads(share(count * heads * size, threads))
     for (int64_t token = 0; token < count; token++)
         for (int64_t at = token * heads * size; at < (token + 1) * heads * size; at += size)
             turn(tokens + at, cos + token * size, sin + token * size, scale, out + at, size);
@@ -430,7 +492,7 @@ void sample(const float *logits, double temperature, const double *uniforms, int
             int64_t rows, int64_t vocabulary, int threads)
 {
     enum { PART = 256 };
-    #pragma omp parallel for num_threads(threads)
+    #pragma omp parallel for num_threads(share(rows * vocabulary, threads))
     for (int64_t row = 0; row < rows; row++) {
         const float *logit = logits + row * vocabulary, scale = 1 / temperature;
         const int64_t parts = (vocabulary + PART - 1) / PART;

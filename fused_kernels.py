@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -36,6 +37,7 @@ ARGUMENTS = {
     "attend_packed": [*[c_void_p] * 7, *[c_int64] * 6, c_int],
     "attend_packed_backward": [*[c_void_p] * 12, *[c_int64] * 7, c_int],
     "attend": [*[c_void_p] * 10, *[c_int64] * 5, c_double, c_int],
+    "decode": [*[c_void_p] * 9, *[c_int64] * 9, c_double, c_double, c_int],
     "sample": [c_void_p, c_double, *[c_void_p] * 3, c_int64, c_int64, c_int],
 }
 
@@ -78,6 +80,15 @@ def _compile(compiler: list[str]) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
+def _matrix_product() -> int | None:
+    """Where the `sgemm` that torch's own linear layers call begins; None where torch is built another way."""
+    try:
+        of_torch = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        return ctypes.cast(of_torch.sgemm_, c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
 class Kernels:
     """The functions of fused_kernels.c on tensors: on the CPU, float32, contiguous, without gradients.
 
@@ -91,23 +102,28 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         self._library = library
+        self._matrix_product = _matrix_product()
 
-    def _at(self, *tensors: Tensor) -> list[int]:
-        """Where the numbers of tensors begin."""
+    def addresses(self, tensors: Sequence[Tensor | None]) -> list[int]:
+        """Where the numbers of tensors begin; 0 for None."""
         for tensor in tensors:
+            if tensor is None:
+                continue
             is_ours = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
             if not is_ours or not tensor.is_contiguous():
                 kind = "contiguous" if tensor.is_contiguous() else "strided"
                 got = f"{kind} {tensor.dtype} on {tensor.device}"
                 raise TypeError(f"kernels take contiguous float32 on the CPU, got {got}")
-        return [tensor.data_ptr() for tensor in tensors]
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+    def _at(self, *tensors: Tensor | None) -> list[int]:
+        return self.addresses(tensors)
 
     def add_norm(self, states: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add to `states` `[N, H]` in place; returns their RMS norm, times `weight` `[H]`."""
         out = torch.empty_like(states)
-        more = None if added is None else self._at(added)[0]
-        state, scale, to = self._at(states, weight, out)
-        self._library.add_norm(state, more, scale, eps, to, *states.shape, _threads(states.numel()))
+        *read, to = self._at(states, added, weight, out)
+        self._library.add_norm(*read, eps, to, *states.shape, torch.get_num_threads())
         return out
 
     def norm_backward(
@@ -118,19 +134,19 @@ class Kernels:
         of_states, of_weight = torch.empty_like(states), states.new_empty(-(-rows // NORM_CHUNK), width)
         read = self._at(grad, states, weight)
         written = self._at(of_states, of_weight)
-        self._library.norm_backward(*read, eps, *written, rows, width, _threads(states.numel()))
+        self._library.norm_backward(*read, eps, *written, rows, width, torch.get_num_threads())
         return of_states, of_weight.sum(0)
 
     def silu_multiply(self, gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
         """`silu(gate) * up`, into `out`, which may be one of them."""
-        self._library.silu_multiply(*self._at(gate, up, out), gate.numel(), _threads(gate.numel()))
+        self._library.silu_multiply(*self._at(gate, up, out), gate.numel(), torch.get_num_threads())
         return out
 
     def silu_multiply_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of gate and up, from that of `silu(gate) * up`."""
         given = torch.empty_like(gate), torch.empty_like(up)
         tensors = self._at(grad, gate, up, *given)
-        self._library.silu_multiply_backward(*tensors, gate.numel(), _threads(gate.numel()))
+        self._library.silu_multiply_backward(*tensors, gate.numel(), torch.get_num_threads())
         return given
 
     def attend(
@@ -164,7 +180,7 @@ class Kernels:
         _, heads, positions, size = keys.shape
         rows, query_heads = len(query), query.shape[1] // size
         out = torch.empty_like(query)
-        threads = _threads(rows * query.shape[1] * positions)
+        threads = torch.get_num_threads()
         scratch = query.new_empty(threads, query_heads // heads, positions)
         read = self._at(query, key, value, cos, sin)
         written = self._at(keys, values, out, scratch)
@@ -172,13 +188,61 @@ class Kernels:
         self._library.attend(*read, lengths.data_ptr(), *written, *sizes, scaling, threads)
         return out
 
+    @property
+    def can_decode(self) -> bool:
+        """Is there what `decode` takes matrix products from?"""
+        return self._matrix_product is not None
+
+    def decode(
+        self,
+        blocks: Tensor,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        lengths: Tensor,
+        cache: Tensor,
+        query_heads: int,
+        inner: int,
+        eps: float,
+        scaling: float,
+    ) -> Tensor:
+        """One new position a row through all blocks.
+
+        Args:
+            blocks: `[layers, 18]` int64, where their weights begin: `block` of fused_kernels.c.
+            states: `[rows, H]`; what the last block adds to afterwards.
+            cos: as for `attend`, and likewise `sin`, `lengths` and `scaling`.
+            sin: see there.
+            lengths: see there.
+            cache: `[layers, 2, slots, heads, positions, D]`; written to.
+            query_heads: of a block.
+            inner: numbers of its MLP.
+            eps: of its norms.
+            scaling: see `attend`.
+
+        Returns:
+            What the last block adds, `[rows, H]`.
+        """
+        layers, _, slots, heads, positions, size = cache.shape
+        rows, width = states.shape
+        threads = torch.get_num_threads()
+        added = torch.empty_like(states)
+        a_row = width + 2 * (query_heads + heads) * size + 2 * inner
+        scratch = states.new_empty(rows * a_row + threads * query_heads // heads * positions)
+        written = self._at(states, added, cos, sin)
+        more = (lengths.data_ptr(), *self._at(cache, scratch))
+        sizes = (layers, rows, width, inner, query_heads, heads, size, slots, positions)
+        where = (self._matrix_product, blocks.data_ptr(), *written, *more)
+        self._library.decode(*where, *sizes, eps, scaling, threads)
+        return added
+
     def turn(self, tokens: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> Tensor:
         """Heads `[N, heads x D]` turned by angles `[N, 1, D]`, as `llama.turn` does, and scaled."""
         out = torch.empty_like(tokens)
         count, size = len(tokens), cos.shape[-1]
         read, written = self._at(tokens, cos, sin), self._at(out)
         heads = tokens.shape[1] // size
-        self._library.turn_heads(*read, scale, *written, count, heads, size, _threads(tokens.numel()))
+        self._library.turn_heads(*read, scale, *written, count, heads, size, torch.get_num_threads())
         return out
 
     def attend_packed(
@@ -240,7 +304,7 @@ class Kernels:
         read, told = self._at(logits, logprobs)
         uniforms = uniforms.to("cpu", torch.float64).contiguous()
         where = (read, temperature, uniforms.data_ptr(), tokens.data_ptr(), told)
-        self._library.sample(*where, *logits.shape, _threads(logits.numel()))
+        self._library.sample(*where, *logits.shape, torch.get_num_threads())
         return tokens, logprobs
 
 
@@ -251,8 +315,3 @@ def _longest(segments: Tensor) -> int:
 
 def _round_up(count: int) -> int:
     return -(-count // LANES) * LANES
-
-
-def _threads(numbers: int) -> int:
-    """As many as torch's own operations take, and one where waking the others would take longer."""
-    return torch.get_num_threads() if numbers > 4096 else 1

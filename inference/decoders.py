@@ -170,6 +170,9 @@ class FusedDecoder(LlamaDecoder):
         """See `make_decoder`."""
         super().__init__(model, slots, positions)
         self.kernels = kernels
+        layers = model.model.layers
+        is_plain = kernels.can_decode and fused_blocks.are_plain(layers)
+        self.blocks = fused_blocks.PlainBlocks(layers, kernels) if is_plain else None
 
     def _reserve(self, keys: Sequence[Tensor], states: Tensor) -> None:
         super()._reserve(keys, states)
@@ -183,8 +186,17 @@ class FusedDecoder(LlamaDecoder):
         places = self.cache.lengthen()
         if int(places.max()) >= self.positions:
             raise IndexError(f"a row has its {self.positions} positions, and no room for another token")
-        states, added = decoder.embed_tokens(tokens), None
-        for number, layer in enumerate(decoder.layers):
+        states = decoder.embed_tokens(tokens)
+        if self.blocks:
+            added = self.blocks.add(states, self.cos, self.sin, places, self.cache.block)
+        else:
+            added = self._add_blocks(states, places)
+        return self.model.lm_head(add_norm(decoder.norm, states, added))
+
+    def _add_blocks(self, states: Tensor, places: Tensor) -> Tensor:
+        """As `Kernels.decode`, of any linear layers."""
+        add_norm, added = self._add_norm, None
+        for number, layer in enumerate(self.model.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             read = add_norm(layer.input_layernorm, states, added)
             asked = fused_blocks.project(attention, read, self.kernels)
@@ -193,7 +205,7 @@ class FusedDecoder(LlamaDecoder):
             read = add_norm(layer.post_attention_layernorm, states, attention.o_proj(mixed))
             gate = mlp.gate_proj(read)
             added = mlp.down_proj(self.kernels.silu_multiply(gate, mlp.up_proj(read), gate))
-        return self.model.lm_head(add_norm(decoder.norm, states, added))
+        return added
 
     def _add_norm(self, norm: nn.Module, states: Tensor, added: Tensor | None) -> Tensor:
         return self.kernels.add_norm(states, added, norm.weight, norm.variance_epsilon)

@@ -8,6 +8,7 @@ from conftest import SHAPE, needs_a_compiler
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fused_blocks import are_plain
 from inference.decoders import FusedDecoder, LibraryDecoder, LlamaDecoder, make_decoder
 
 LLAMA3 = {
@@ -37,6 +38,8 @@ def build(name, changes):
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
                 parameter.normal_(std=0.1)
+            elif "norm" in parameter_name:
+                parameter.uniform_(0.8, 1.2)
     return model.double().eval()
 
 
@@ -127,6 +130,44 @@ def test_what_is_fused_has_the_logits_of_every_rows_own_text(name):
     assert isinstance(decoder, FusedDecoder)
     follow(model, decoder)
     branch(model, make_decoder(copy.deepcopy(model).float(), 5, 40))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("name", LEAN)
+def test_all_blocks_in_one_call_give_the_bits_of_their_modules(name):
+    models = [build(name, LEAN[name]).float() for _ in range(2)]
+    called = []
+    models[1].model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: called.append(True))
+    decoders = [make_decoder(model, 12, 40) for model in models]
+    if not decoders[0].kernels.can_decode:
+        pytest.skip("torch's linear layers call another library than its own")
+    assert decoders[0].blocks
+    assert decoders[1].blocks is None
+    for decoder in decoders:
+        decoder.admit([[5, 6, 7], [8] * 9, [9]], [1, 1, 1])
+    for step in range(6):
+        with torch.no_grad():
+            for model in models:  # what an update does is read
+                model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+        tokens = torch.arange(decoders[0].live) + 10 + step
+        assert torch.equal(*[decoder.advance(tokens) for decoder in decoders])
+        for decoder in decoders:
+            decoder.admit([[11 + step, 12]], [1])
+    assert len(called) == 13  # and 7 times with prompts
+
+
+@needs_a_compiler
+def test_only_plain_linear_layers_are_taken_from_memory():
+    layers = build("qwen2", {}).float().model.layers
+    assert are_plain(layers)
+    assert not are_plain(copy.deepcopy(layers).bfloat16())
+    changed = [copy.deepcopy(layers) for _ in range(4)]
+    changed[0][1].mlp.up_proj.register_forward_pre_hook(lambda *_: None)
+    changed[1][0].self_attn.q_proj.weight = torch.nn.Parameter(torch.ones(32, 32).T[:, :8])
+    quantized = type("Quantized", (torch.nn.Parameter,), {})
+    changed[3][0].self_attn.k_proj.weight = quantized(layers[0].self_attn.k_proj.weight.data)
+    changed[2][0].mlp.gate_proj.__class__ = type("Rounding", (torch.nn.Linear,), {})
+    assert not any(are_plain(layers) for layers in changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
