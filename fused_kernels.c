@@ -487,19 +487,29 @@ void attend_packed_backward(const float *grad, const float *query, const float *
     }
 }
 
+/* ---------------------------------------------------------------------------------------------------------
+   Rows of logits. Sums are taken of PART of them in float32, and of these sums in float64. */
+
+enum { PART = 256 };
+
+static inline float highest_of(const float *logit, int64_t vocabulary)
+{
+    float highest = logit[0];
+    for (int64_t i = 0; i < vocabulary; i++)
+        highest = logit[i] > highest ? logit[i] : highest;
+    return highest;
+}
+
 /* One token a row, where the cumulative probability passes the row's random number. */
 void sample(const float *logits, double temperature, const double *uniforms, int64_t *tokens, float *logprobs,
             int64_t rows, int64_t vocabulary, int threads)
 {
-    enum { PART = 256 };
     #pragma omp parallel for num_threads(share(rows * vocabulary, threads))
     for (int64_t row = 0; row < rows; row++) {
         const float *logit = logits + row * vocabulary, scale = 1 / temperature;
         const int64_t parts = (vocabulary + PART - 1) / PART;
+        const float highest = highest_of(logit, vocabulary);
         double sums[parts], total = 0, before = 0;
-        float highest = logit[0];
-        for (int64_t i = 0; i < vocabulary; i++)
-            highest = logit[i] > highest ? logit[i] : highest;
         for (int64_t part = 0; part < parts; part++) {
             const int64_t from = part * PART, end = from + PART < vocabulary ? from + PART : vocabulary;
             float sum = 0;
@@ -528,5 +538,53 @@ void sample(const float *logits, double temperature, const double *uniforms, int
         }
         tokens[row] = token;
         logprobs[row] = (logit[token] - highest) * scale - (float)log(total);
+    }
+}
+
+/* Of every row the log-probability of a target, the entropy, and the logarithm of the sum of all weights, that
+   of the largest being 1. */
+void score(const float *logits, double temperature, const int64_t *targets, float *logprobs, float *entropy,
+           float *log_sums, int64_t rows, int64_t vocabulary, int threads)
+{
+    #pragma omp parallel for num_threads(share(rows * vocabulary, threads))
+    for (int64_t row = 0; row < rows; row++) {
+        const float *logit = logits + row * vocabulary, scale = 1 / temperature;
+        const float highest = highest_of(logit, vocabulary);
+        double total = 0, along = 0;
+        for (int64_t from = 0; from < vocabulary; from += PART) {
+            const int64_t end = from + PART < vocabulary ? from + PART : vocabulary;
+            float sum = 0, product = 0;
+            for (int64_t i = from; i < end; i++) {
+                const float below = (logit[i] - highest) * scale, weight = exponential(below);
+                sum += weight;
+                product += weight * below;
+            }
+            total += sum;
+            along += product;
+        }
+        const double log_sum = log(total);
+        log_sums[row] = log_sum;
+        entropy[row] = log_sum - along / total;
+        logprobs[row] = (logit[targets[row]] - highest) * scale - log_sum;
+    }
+}
+
+/* The gradient of the logits, in their place; `grad_entropy` may be NULL.
+   d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy) */
+void score_backward(float *logits, double temperature, const int64_t *targets, const float *entropy,
+                    const float *log_sums, const float *grad_logprobs, const float *grad_entropy, int64_t rows,
+                    int64_t vocabulary, int threads)
+{
+    #pragma omp parallel for num_threads(share(rows * vocabulary, threads))
+    for (int64_t row = 0; row < rows; row++) {
+        float *logit = logits + row * vocabulary;
+        const float scale = 1 / temperature, highest = highest_of(logit, vocabulary);
+        const float pull = grad_logprobs[row] * scale, spread = grad_entropy ? grad_entropy[row] * scale : 0;
+        const float log_sum = log_sums[row], all = entropy[row];
+        for (int64_t i = 0; i < vocabulary; i++) {
+            const float logprob = (logit[i] - highest) * scale - log_sum;
+            logit[i] = -exponential(logprob) * (pull + spread * (logprob + all));
+        }
+        logit[targets[row]] += pull;
     }
 }

@@ -38,6 +38,8 @@ ARGUMENTS = {
     "attend_packed_backward": [*[c_void_p] * 12, *[c_int64] * 7, c_int],
     "attend": [*[c_void_p] * 10, *[c_int64] * 5, c_double, c_int],
     "decode": [*[c_void_p] * 9, *[c_int64] * 9, c_double, c_double, c_int],
+    "score": [c_void_p, c_double, *[c_void_p] * 4, c_int64, c_int64, c_int],
+    "score_backward": [c_void_p, c_double, *[c_void_p] * 5, c_int64, c_int64, c_int],
     "sample": [c_void_p, c_double, *[c_void_p] * 3, c_int64, c_int64, c_int],
 }
 
@@ -306,6 +308,50 @@ class Kernels:
         where = (read, temperature, uniforms.data_ptr(), tokens.data_ptr(), told)
         self._library.sample(*where, *logits.shape, torch.get_num_threads())
         return tokens, logprobs
+
+    def score(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Score targets `[N]` under logits `[N, V]`; see `losses.token_logprobs`.
+
+        Returns:
+            Log-probabilities, entropies, and the logarithms of what the weights of a row add up to, the
+            likeliest having 1; `[N]` each.
+        """
+        told = tuple(logits.new_empty(len(logits)) for _ in range(3))
+        at, *written = self._at(logits, *told)
+        chosen = _targets(targets, logits)
+        self._library.score(
+            at, temperature, chosen.data_ptr(), *written, *logits.shape, torch.get_num_threads()
+        )
+        return told
+
+    def score_backward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        entropy: Tensor,
+        log_sums: Tensor,
+        grad_logprobs: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> Tensor:
+        """The gradient of logits `[N, V]`, in their place, from what `score` told and its gradients `[N]`."""
+        chosen = _targets(targets, logits)
+        given = [
+            grad_logprobs.contiguous(),
+            grad_entropy if grad_entropy is None else grad_entropy.contiguous(),
+        ]
+        at, *read = self._at(logits, entropy, log_sums, *given)
+        where = (at, temperature, chosen.data_ptr(), *read)
+        self._library.score_backward(*where, *logits.shape, torch.get_num_threads())
+        return logits
+
+
+def _targets(targets: Tensor, logits: Tensor) -> Tensor:
+    """Targets `[N]`, checked: C reads where they point to."""
+    lowest, highest = targets.aminmax() if len(targets) else (0, 0)
+    if lowest < 0 or highest >= logits.shape[1]:
+        raise IndexError(f"targets must be in [0, {logits.shape[1]}), got {int(lowest)} to {int(highest)}")
+    return targets.contiguous()
 
 
 def _longest(segments: Tensor) -> int:

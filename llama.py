@@ -355,4 +355,7 @@ def predicting_states(
             states = checkpoint(run, states, packing, cos, sin, use_reentrant=False)
         else:
             states = run(states, packing, cos, sin)
-    return norm(decoder.norm, packing.predicting(states))
+    last = packing.predicting(states)
+    if packing.kernels:
+        return fused_blocks.norm(decoder.norm, last, packing.kernels)
+    return norm(decoder.norm, last)

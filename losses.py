@@ -6,7 +6,7 @@ comes in (float64 stays float64). A policy loss is a plain weighted sum: `loss_w
 of the whole update, so splitting that update into micro-batches changes nothing.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -420,6 +420,7 @@ def token_logprobs(
     targets: Tensor,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    kernels: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Score `targets` under softmax(hidden @ head_weight.T / temperature), a chunk of tokens at a time.
 
@@ -432,6 +433,8 @@ def token_logprobs(
         targets: `[B, T]`, int64 in [0, V), valid ids at padding too.
         temperature: the sampling temperature, > 0.
         chunk_tokens: tokens whose logits exist at once; None: as many as make 2^26 logits.
+        kernels: `fused_kernels.kernels_for` hidden, which compute all but the products where these are in
+            float32; None for torch.
 
     Returns:
         `(logprobs, entropy)`, both `[B, T]` float32 (float64 for float64), in nats, both differentiable.
@@ -464,25 +467,25 @@ def token_logprobs(
             temperature,
             chunk_tokens,
             dtype,
+            kernels if dtype == torch.float32 else None,
         )
     return logprobs.view(targets.shape), entropy.view(targets.shape)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Keeps one number a token between the passes, its entropy; everything `[B, T, V]` is computed twice."""
+    """Keeps two numbers a token between the passes; everything `[B, T, V]` is computed twice."""
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, temperature, chunk_tokens, dtype):
+    def forward(ctx, hidden, head_weight, targets, temperature, chunk_tokens, dtype, kernels):
         weight = head_weight.to(dtype)
         logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(torch.float32, dtype))
-        entropy = torch.empty_like(logprobs)
+        entropy, log_sums = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            all_logprobs = _log_softmax(hidden[rows].to(dtype), weight, temperature)
-            logprobs[rows] = all_logprobs.gather(1, targets[rows, None])[:, 0]
-            entropy[rows] = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
-        ctx.save_for_backward(hidden, head_weight, targets, entropy)
-        ctx.temperature, ctx.chunk_tokens, ctx.dtype = temperature, chunk_tokens, dtype
+            told = _score(hidden[rows].to(dtype), weight, targets[rows], temperature, kernels)
+            logprobs[rows], entropy[rows], log_sums[rows] = told
+        ctx.save_for_backward(hidden, head_weight, targets, entropy, log_sums)
+        ctx.temperature, ctx.chunk_tokens, ctx.dtype, ctx.kernels = temperature, chunk_tokens, dtype, kernels
         # The gradient of an unused output then arrives as None instead of zeros, and its terms are left out.
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -490,10 +493,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, head_weight, targets, entropy = ctx.saved_tensors
+        hidden, head_weight, targets, entropy, log_sums = ctx.saved_tensors
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 6
+            return (None,) * 7
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropy)
         weight = head_weight.to(ctx.dtype)
@@ -502,27 +505,59 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), ctx.chunk_tokens):
             rows = slice(start, start + ctx.chunk_tokens)
             states = hidden[rows].to(ctx.dtype)
-            all_logprobs = _log_softmax(states, weight, ctx.temperature)
-            # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
-            pull = grad_logprobs[rows, None] / ctx.temperature
-            if grad_entropy is None:
-                grad_logits = all_logprobs.exp_().mul_(-pull)
-            else:
-                spread = grad_entropy[rows, None] / ctx.temperature
-                probabilities = all_logprobs.exp()
-                grad_logits = (
-                    all_logprobs.add_(entropy[rows, None]).mul_(-spread).sub_(pull).mul_(probabilities)
-                )
-            grad_logits = grad_logits.scatter_add_(1, targets[rows, None], pull).to(ctx.dtype)
+            given = (targets[rows], ctx.temperature, entropy[rows], log_sums[rows], grad_logprobs[rows])
+            of_entropy = None if grad_entropy is None else grad_entropy[rows]
+            grad_logits = _grad_logits(states, weight, *given, of_entropy, ctx.kernels)
             if needs_hidden:
                 grad_hidden[rows] = (grad_logits @ weight).to(hidden.dtype)
             if needs_head:
                 grad_head += grad_logits.T @ states
-        return grad_hidden, grad_head, None, None, None, None
+        return grad_hidden, grad_head, None, None, None, None, None
+
+
+def _score(
+    states: Tensor, weight: Tensor, targets: Tensor, temperature: float, kernels: Any
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Log-probabilities and entropies of a chunk, and what kernels want again in the backward pass."""
+    if kernels:
+        return kernels.score(_logits(states, weight), targets, temperature)
+    all_logprobs = _log_softmax(states, weight, temperature)
+    entropy = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
+    return all_logprobs.gather(1, targets[:, None])[:, 0], entropy, 0.0
+
+
+def _grad_logits(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy: Tensor,
+    log_sums: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    kernels: Any,
+) -> Tensor:
+    if kernels:
+        given = (targets, temperature, entropy, log_sums, grad_logprobs, grad_entropy)
+        return kernels.score_backward(_logits(states, weight), *given)
+    all_logprobs = _log_softmax(states, weight, temperature)
+    # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
+    pull = grad_logprobs[:, None] / temperature
+    if grad_entropy is None:
+        grad_logits = all_logprobs.exp_().mul_(-pull)
+    else:
+        spread = grad_entropy[:, None] / temperature
+        probabilities = all_logprobs.exp()
+        grad_logits = all_logprobs.add_(entropy[:, None]).mul_(-spread).sub_(pull).mul_(probabilities)
+    return grad_logits.scatter_add_(1, targets[:, None], pull).to(weight.dtype)
 
 
 def _log_softmax(states: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = states @ weight.T
+    logits = _logits(states, weight)
     if temperature != 1:
         logits = logits.to(torch.promote_types(torch.float32, logits.dtype)).div_(temperature)
     return logits.log_softmax(1, dtype=torch.promote_types(torch.float32, logits.dtype))
+
+
+def _logits(states: Tensor, weight: Tensor) -> Tensor:
+    return states @ weight.T

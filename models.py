@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
+from fused_kernels import kernels_for
 from llama import LLAMA_FAMILY, compile_blocks, is_llama, predicting_states, without_adapter
 from losses import token_logprobs
 from sharding import read_plan, shard_on_cpu
@@ -517,7 +518,8 @@ class Policy(nn.Module):
                 states = self.model.get_decoder()(**inputs).last_hidden_state
                 read = states[:, before][completion_mask]
             head = self.model.get_output_embeddings().weight
-            figures = token_logprobs(read, head, targets[completion_mask], temperature)
+            counted = targets[completion_mask]
+            figures = token_logprobs(read, head, counted, temperature, kernels=kernels_for(read))
             logprobs, entropy = (
                 values.new_zeros(targets.shape).masked_scatter(completion_mask, values) for values in figures
             )

@@ -146,6 +146,43 @@ def test_tensors_of_another_kind_are_refused(kernels):
 # Without them
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("vocabulary", [1, 255, 513, 3000])
+def test_scores_of_targets_and_their_gradient(kernels, vocabulary, temperature):
+    logits = numbers(9, vocabulary, scale=6)
+    targets = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(1))
+    wide = logits.double().requires_grad_()
+    all_logprobs = (wide / temperature).log_softmax(1)
+    logprobs = all_logprobs.gather(1, targets[:, None])[:, 0]
+    entropy = -(all_logprobs.exp() * all_logprobs).sum(1)
+    told = kernels.score(logits, targets, temperature)
+    close(told[0], logprobs)
+    close(told[1], entropy)
+    close(told[2], (wide - wide.max(1, keepdim=True).values).div(temperature).logsumexp(1))
+    pull, spread = numbers(9, seed=2), numbers(9, seed=3)
+    for of_entropy in (None, spread):
+        value = (logprobs * pull).sum() + (0 if of_entropy is None else (entropy * of_entropy).sum())
+        (expected,) = torch.autograd.grad(value, wide, retain_graph=True)
+        given = (targets, temperature, *told[1:], pull, of_entropy)
+        close(kernels.score_backward(logits.clone(), *given), expected)
+
+
+def test_no_number_among_logits_stays_none(kernels):
+    logits = numbers(3, 40)
+    logits[1, 7] = torch.nan
+    targets = torch.zeros(3, dtype=torch.long)
+    logprobs, entropy, log_sums = kernels.score(logits, targets, 1.0)
+    assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+    grad = kernels.score_backward(logits, targets, 1.0, entropy, log_sums, torch.ones(3), torch.ones(3))
+    assert grad.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("target", [-1, 40])
+def test_a_target_outside_the_vocabulary_is_refused(kernels, target):
+    with pytest.raises(IndexError, match=rf"\[0, 40\), got 0 to {target}|got -1 to 0"):
+        kernels.score(numbers(2, 40), torch.tensor([0, target]), 1.0)
+
+
 @pytest.fixture
 def reloaded():
     """The kernels are looked for anew, in the test and after it."""

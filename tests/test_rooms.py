@@ -27,7 +27,7 @@ ROOMS = {
     "optimizers": ["sharding"],
     "tiny": ["prompts"],
     "tokenizer": ["prompts", "tiny"],
-    "models": ["llama", "losses", "sharding", "tiny", "tokenizer", "zero"],
+    "models": ["fused_kernels", "llama", "losses", "sharding", "tiny", "tokenizer", "zero"],
     "plan": [
         *["batches", "inference.decoders", "inference.engine", "llama", "losses", "memory", "models"],
         *["optimizers", "tiny", "tokenizer"],

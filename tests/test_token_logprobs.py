@@ -46,22 +46,36 @@ def test_token_logprobs_pass_gradcheck(chunk_tokens):
     assert torch.autograd.gradcheck(lambda *args: torch.mul(*run(*args)), (hidden, head))
 
 
+@pytest.mark.parametrize("chunk_tokens", [3, None])
+def test_fused_kernels_are_held_to_float64(kernels, chunk_tokens):
+    exact, got = ([*head_case(4, 16, 32, 700, dtype)] for dtype in (torch.float64, torch.float32))
+    for hidden, head, targets in (exact, got):
+        # Where the products are in float64, torch computes all.
+        logprobs, entropy = losses.token_logprobs(hidden, head, targets, 0.8, chunk_tokens, kernels)
+        (logprobs.sin().sum() + 2 * entropy.sum()).backward()
+        torch.testing.assert_close(logprobs, plain_logprobs(hidden, head, targets, 0.8)[0])
+    for ours, reference in zip(got[:2], exact[:2], strict=True):
+        assert (ours.grad - reference.grad).norm() <= 2e-6 * reference.grad.norm()
+
+
 def record_products(monkeypatch):
-    """Rows of every [rows, V] softmax that `token_logprobs` computes."""
-    rows, original = [], losses._log_softmax
+    """Rows of all the logits [rows, V] that `token_logprobs` computes."""
+    rows, original = [], losses._logits
 
-    def spy(states, weight, temperature):
+    def spy(states, weight):
         rows.append(len(states))
-        return original(states, weight, temperature)
+        return original(states, weight)
 
-    monkeypatch.setattr(losses, "_log_softmax", spy)
+    monkeypatch.setattr(losses, "_logits", spy)
     return rows
 
 
-def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch):
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch, request, is_fused):
     rows = record_products(monkeypatch)
-    hidden, head, targets = head_case()
-    sum(losses.token_logprobs(hidden, head, targets, chunk_tokens=4)).sum().backward()
+    hidden, head, targets = head_case(dtype=torch.float32)
+    kernels = request.getfixturevalue("kernels") if is_fused else None
+    sum(losses.token_logprobs(hidden, head, targets, chunk_tokens=4, kernels=kernels)).sum().backward()
     assert rows == [4, 4, 2, 4, 4, 2]
     rows.clear()
     monkeypatch.setattr(losses, "MAX_CHUNK_LOGITS", 70)  # 70 logits are six tokens of a vocabulary of 11
@@ -163,9 +177,11 @@ def test_head_gradient_accumulates_in_float32():
     assert head.grad.tolist() == [[258.0], [-258.0]]
 
 
-def test_large_logits_stay_finite():
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_large_logits_stay_finite(request, is_fused):
     hidden, head = torch.tensor([[[1000.0]]]), torch.tensor([[1.0], [-1.0]], requires_grad=True)
-    logprobs, entropy = losses.token_logprobs(hidden, head, torch.tensor([[1]]))
+    kernels = request.getfixturevalue("kernels") if is_fused else None
+    logprobs, entropy = losses.token_logprobs(hidden, head, torch.tensor([[1]]), kernels=kernels)
     (logprobs + entropy).sum().backward()
     assert logprobs.item() == -2000
     assert entropy.item() == 0
