@@ -7,7 +7,7 @@ computes; tests hold them to it.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import fused_blocks
 from fused_kernels import Kernels
 from inference.kv_cache import SlotCache, WindowCache
-from llama import LLAMA_FAMILY, angles, fused_kernels, is_llama, project, turn, without_adapter
+from llama import LLAMA_FAMILY, Rows, angles, fused_kernels, is_llama, project, turn, without_adapter
 
 # Prompt positions that go through the model at once.
 PREFILL_TOKENS = 16_384
@@ -190,18 +190,56 @@ class FusedDecoder(LlamaDecoder):
         if self.blocks:
             added = self.blocks.add(states, self.cos, self.sin, places, self.cache.block)
         else:
-            added = self._add_blocks(states, places)
+
+            def attend(number: int, asked: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+                where = (self.cos, self.sin, places, *self.cache.block[number].unbind())
+                return self.kernels.attend(*asked, *where, decoder.layers[number].self_attn.scaling)
+
+            added = self._add_blocks(states, attend)
         return self.model.lm_head(add_norm(decoder.norm, states, added))
 
-    def _add_blocks(self, states: Tensor, places: Tensor) -> Tensor:
-        """As `Kernels.decode`, of any linear layers."""
+    def _prefill(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
+        decoder, kernels = self.model.model, self.kernels
+        lengths, times = torch.tensor([len(prompt) for prompt in prompts]), torch.tensor(copies)
+        ends = lengths.cumsum(0)
+        starts = ends - lengths
+        texts = torch.stack([starts, ends, starts, starts], 1)
+        rows = Rows(torch.arange(int(lengths.max())) < lengths[:, None])
+        states = decoder.embed_tokens(torch.tensor([token for prompt in prompts for token in prompt]))
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
+        cos, sin = angles(decoder, states, positions)
+        size = cos.shape[-1]
+        keys, values = [], []
+
+        def attend(number: int, asked: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            query, key, value = asked
+            query = kernels.turn(query, cos, sin, decoder.layers[number].self_attn.scaling)
+            key = kernels.turn(key, cos, sin)
+            keys.append(rows.pad(key.view(len(key), -1, size)))
+            values.append(rows.pad(value.view(len(key), -1, size)))
+            return kernels.attend_packed(query, key, value, size, texts)[0]
+
+        added = self._add_blocks(states, attend)
+        if self.cache is None:
+            self._reserve(keys, states)
+        self.cache.admit(keys, values, lengths, times)
+        last = self._add_norm(decoder.norm, states[ends - 1], added[ends - 1])
+        return self.model.lm_head(last).repeat_interleave(times, 0)
+
+    def _add_blocks(
+        self, states: Tensor, attend: Callable[[int, tuple[Tensor, Tensor, Tensor]], Tensor]
+    ) -> Tensor:
+        """What the last block adds to the states `[N, H]`, as they then are.
+
+        Args:
+            states: of the tokens.
+            attend: what attention mixes, of a block's number and what `fused_blocks.project` gives.
+        """
         add_norm, added = self._add_norm, None
         for number, layer in enumerate(self.model.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             read = add_norm(layer.input_layernorm, states, added)
-            asked = fused_blocks.project(attention, read, self.kernels)
-            cached = self.cache.block[number].unbind()
-            mixed = self.kernels.attend(*asked, self.cos, self.sin, places, *cached, attention.scaling)
+            mixed = attend(number, fused_blocks.project(attention, read, self.kernels))
             read = add_norm(layer.post_attention_layernorm, states, attention.o_proj(mixed))
             gate = mlp.gate_proj(read)
             added = mlp.down_proj(self.kernels.silu_multiply(gate, mlp.up_proj(read), gate))
