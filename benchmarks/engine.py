@@ -6,7 +6,8 @@
 
 32 prompts of about 20 tokens, 8 completions each. The peers are `generate`, which gets all rows at once,
 left-padded, as a trainer would call it, and `generate_batch`, transformers' continuous batching, made for
-GPUs. A value is the median over the repeats of sampled tokens a second, ends included and padding not.
+GPUs. A value is the median over the repeats of sampled tokens a second, ends included and padding not,
+the ratio the median of the repeats' own.
 
 The floor is what no program in float32 can pass on this machine: the operations of all matrix products over
 the rate of a large one, or the bytes of weights and cache that have to be read over the rate of a large sum,
@@ -33,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402 - the path has to be set first
 from torch import nn  # noqa: E402
 
-from benchmarks.results import write_rows  # noqa: E402
+from benchmarks.results import in_turn, write_rows  # noqa: E402
 from benchmarks.step import build  # noqa: E402
 from inference import SamplingParams  # noqa: E402
 from inference.decoders import pad_prompts  # noqa: E402
@@ -201,7 +202,8 @@ def measure(case: str, repeats: int) -> list[dict[str, Any]]:
         if peer != "ours":
             theirs = statistics.median(rates[peer])
             spread = {side: [min(rates[side]), max(rates[side])] for side in (peer, "ours")}
-            row = {"case": case, "peer": peer, "peer_value": theirs, "ours": mine, "ratio": mine / theirs}
+            row = {"case": case, "peer": peer, "peer_value": theirs, "ours": mine}
+            row |= in_turn(rates["ours"], rates[peer])
             told.append(row | {"unit": "tokens/s", "of_floor": statistics.median(floors), "spread": spread})
     return told
 
@@ -217,12 +219,14 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     print(
-        f"{'case':12}{'peer':16}{'peer':>8}{'Ponder':>9}{'ratio':>7}{'of floor':>10}  tokens/s; both spreads"
+        f"{'case':12}{'peer':16}{'peer':>8}{'Ponder':>9}{'ratio':>7}{'of floor':>10}  "
+        "tokens/s; spreads of both and of the ratio"
     )
     for case in arguments.cases:
         for row in measure(case, arguments.repeats):
             rows.append(row)
             spread = ", ".join(f"{low:,.0f} to {high:,.0f}" for low, high in row["spread"].values())
+            spread += ", {:.2f} to {:.2f}".format(*row["ratios"])
             shown = f"{row['peer_value']:8,.0f}{row['ours']:9,.0f}{row['ratio']:7.2f}{row['of_floor']:10.0%}"
             print(f"{row['case']:12}{row['peer']:16}{shown}  {spread}", flush=True)
     write_rows(rows, arguments.json)

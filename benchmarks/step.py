@@ -5,10 +5,10 @@
     python benchmarks/step.py --cases tiny --repeats 5 --json rows.jsonl
 
 Every measurement is a process of its own, TRL and Ponder in turn; the value is the median over the repeats of
-a process' median step, the spread their least and most. Both sample, score, compute advantages, the loss with
-its entropy and one AdamW step, and log. A step's time is that from the end of the step before. Rewards differ
-within every group, so nothing is skipped. Peak memory is the process' highest resident size, less what it was
-before the first step.
+a process' median step, the spread their least and most, the ratio the median of the repeats' own. Both
+sample, score, compute advantages, the loss with its entropy and one AdamW step, and log. A step's time is
+that from the end of the step before. Rewards differ within every group, so nothing is skipped. Peak memory is
+the process' highest resident size, less what it was before the first step.
 
 - tiny: the built-in model's shape with fresh weights, so that nearly every completion reaches the limit; 64
   completions a step.
@@ -37,7 +37,7 @@ from torch import nn  # noqa: E402
 from transformers import PreTrainedTokenizerBase as Tokenizer  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
-from benchmarks.results import write_rows  # noqa: E402
+from benchmarks.results import in_turn, write_rows  # noqa: E402
 from memory import peak_memory  # noqa: E402
 from models import save_model  # noqa: E402
 from prompts import prepare_tokenizer  # noqa: E402
@@ -277,7 +277,7 @@ def measure(case: str, repeats: int) -> list[dict[str, Any]]:
         theirs, ours = statistics.median(values["trl"]), statistics.median(values["ours"])
         spread = {side: [min(values[side]), max(values[side])] for side in values}
         of_case = {"case": f"{case}: {what}", "peer": "trl", "peer_value": theirs, "ours": ours}
-        return of_case | {"ratio": theirs / ours, "unit": unit, "spread": spread}
+        return of_case | in_turn(values["trl"], values["ours"]) | {"unit": unit, "spread": spread}
 
     return [
         row("step", "s", seconds),
@@ -302,11 +302,12 @@ def main() -> None:
         print(json.dumps(run(arguments.cases[0], arguments.folder)))
         return
     rows = []
-    print(f"{'case':40}{'TRL':>10}{'Ponder':>10}{'ratio':>8}  unit    spread of TRL, of Ponder")
+    print(f"{'case':40}{'TRL':>10}{'Ponder':>10}{'ratio':>8}  unit    spread of TRL, of Ponder, of the ratio")
     for case in arguments.cases:
         for row in measure(case, arguments.repeats):
             rows.append(row)
-            spread = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in row["spread"].values())
+            spreads = [*row["spread"].values(), row["ratios"]]
+            spread = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in spreads)
             print(
                 f"{row['case']:40}{row['peer_value']:10.4g}{row['ours']:10.4g}{row['ratio']:8.2f}  "
                 f"{row['unit']:7} {spread}",

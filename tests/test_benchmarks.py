@@ -13,11 +13,19 @@ import yaml
 import evaluate
 from benchmarks import algorithms, cross_check, growth, samples, search
 from benchmarks.algorithms import examine
+from benchmarks.results import in_turn
 from data import Problem
 from exam import hold_exam
 from inference import SamplingParams
 from prompts import parse_completion, prepare_tokenizer
 from tiny import build_tiny_tokenizer
+
+
+def test_what_is_measured_in_turn_is_compared_with_its_neighbour():
+    # While the machine was half as fast, twice; and once for one side alone.
+    told = in_turn([3.0, 3.0, 6.0, 6.0, 9.0], [1.0, 1.0, 2.0, 2.0, 1.0])
+    assert told == {"ratio": 3.0, "ratios": [3.0, 9.0]}
+
 
 # ------------------------------------------------------------------------------------------------------------
 # cross_check.py
