@@ -1,5 +1,5 @@
-"""What the Llama family's blocks compute between their linear
-layers, by fused kernels and with gradients, on packed tokens.
+"""The Llama family's blocks by fused kernels: what they compute between their linear layers, with gradients,
+on packed tokens; and blocks of plain layers as a whole, without.
 """
 
 from typing import Any
@@ -32,49 +32,63 @@ def project(attention: nn.Module, read: Tensor, kernels: Kernels) -> tuple[Tenso
 class PlainBlocks:
     """Blocks whose linear layers are plain, through which one position of every row goes in one call.
 
-    Their weights are read where they are, as they then are; where a parameter is given other memory, what it
-    had before.
+    The weights are read from where they are now: what an update does to them counts, and memory that they are
+    given later does not.
     """
 
     def __init__(self, layers: nn.ModuleList, kernels: Kernels) -> None:
         """Take layers that `are_plain`."""
-        attention, mlp = layers[0].self_attn, layers[0].mlp
-        self.query_heads = attention.q_proj.out_features // attention.head_dim
-        self.inner = mlp.gate_proj.out_features
-        self.eps, self.scaling = layers[0].input_layernorm.variance_epsilon, attention.scaling
+        self._sizes = _sizes(layers[0])
         self._kernels = kernels
-        # Held, so that the memory stays.
-        self._weights = [
-            [weight if weight is None else weight.detach() for weight in _weights(layer)] for layer in layers
-        ]
+        # Held, so that nobody else is given the memory.
+        self._weights = [[w if w is None else w.detach() for w in _weights(layer)] for layer in layers]
         self._table = torch.tensor([kernels.addresses(weights) for weights in self._weights])
 
     def add(self, states: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, cache: Tensor) -> Tensor:
         """What the last block adds to the states, as they then are; see `Kernels.decode`."""
-        sizes = (self.query_heads, self.inner, self.eps, self.scaling)
-        return self._kernels.decode(self._table, states, cos, sin, lengths, cache, *sizes)
+        return self._kernels.decode(self._table, states, cos, sin, lengths, cache, *self._sizes)
 
 
 def are_plain(layers: nn.ModuleList) -> bool:
-    """Are the linear layers of blocks nothing but a product? Not under an adapter, in 4 bits, or hooked."""
-    return all(
-        type(module) is nn.Linear
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and type(module.weight) is nn.Parameter
-        and module.weight.dtype == torch.float32
-        and module.weight.is_contiguous()
-        for layer in layers
-        for module in _linears(layer)
+    """Are the linear layers of all blocks nothing but products, of the same sizes?
+
+    Not in 4 bits, under a hook, or under an adapter that is not merged.
+    """
+    if not all(_is_plain(linear) for layer in layers for linear in _linears(layer)):
+        return False
+    shapes = [[w if w is None else w.shape for w in _weights(layer)] for layer in layers]
+    sizes = [_sizes(layer) for layer in layers]
+    return all(shape == shapes[0] for shape in shapes) and all(size == sizes[0] for size in sizes)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    return (
+        type(linear) is nn.Linear
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+        and type(linear.weight) is nn.Parameter
+        and linear.weight.dtype == torch.float32
+        and linear.weight.is_contiguous()
+        and linear.weight.shape == (linear.out_features, linear.in_features)
     )
 
 
+def _sizes(layer: nn.Module) -> tuple[int, int, float, float]:
+    """What `Kernels.decode` has to know of a block: query heads, numbers of the MLP, eps and scaling."""
+    attention, (query, *_, gate, _, _) = layer.self_attn, _linears(layer)
+    heads = query.out_features // attention.head_dim
+    return heads, gate.out_features, layer.input_layernorm.variance_epsilon, attention.scaling
+
+
 def _linears(layer: nn.Module) -> list[nn.Module]:
+    """The linear layers of a block, in the order of fused_kernels.c; of merged adapters what they are in."""
     attention, mlp = layer.self_attn, layer.mlp
-    of_attention = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    named = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    named += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return [linear.get_base_layer() if getattr(linear, "merged", False) else linear for linear in named]
 
 
 def _weights(layer: nn.Module) -> list[Tensor | None]:
+    """The weights of a block, in the order of fused_kernels.c."""
     attention = layer.self_attn
     norms = [layer.input_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
     scales = [norm and norm.weight for norm in [*norms, layer.post_attention_layernorm]]

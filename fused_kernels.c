@@ -2,7 +2,8 @@
    pass, where torch would call ten operations. fused_kernels.py compiles it, and tells of every argument.
 
    Rows are independent, and each is computed by one thread in one order: the numbers depend neither on the
-   threads nor on the rows beside. Tensors are contiguous. */
+   threads nor on the rows beside, but for the products of `decode`, which are torch's. Tensors are
+   contiguous. */
 
 #if defined(__x86_64__) && !defined(__FMA__)
 #error "a processor without fused multiply-add is faster with torch's own operations"
@@ -583,7 +584,8 @@ void score_backward(float *logits, double temperature, const int64_t *targets, c
         const float log_sum = log_sums[row], all = entropy[row];
         for (int64_t i = 0; i < vocabulary; i++) {
             const float logprob = (logit[i] - highest) * scale - log_sum;
-            logit[i] = -exponential(logprob) * (pull + spread * (logprob + all));
+            /* Where nobody asks for it, the entropy's part may be no number. */
+            logit[i] = -exponential(logprob) * (pull + (grad_entropy ? spread * (logprob + all) : 0));
         }
         logit[targets[row]] += pull;
     }

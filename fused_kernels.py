@@ -1,5 +1,5 @@
 """Fused kernels for a processor, in C: what decoding and an update
-compute between their matrix products, each in one pass.
+compute between their matrix products, each in one pass; and a step of decoding as a whole.
 
 torch calls ten operations for each of them, which takes a small model more time than its matrix products.
 A system's C compiler makes them of fused_kernels.c when they are first asked for, within a second. Without
@@ -83,7 +83,9 @@ def _compile(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _matrix_product() -> int | None:
-    """Where the `sgemm` that torch's own linear layers call begins; None where torch is built another way."""
+    """Where the `sgemm` that torch's linear layers call begins; None where they do not, as on ARM."""
+    if not torch.backends.mkl.is_available():
+        return None
     try:
         of_torch = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
         return ctypes.cast(of_torch.sgemm_, c_void_p).value
@@ -347,7 +349,10 @@ class Kernels:
 
 
 def _targets(targets: Tensor, logits: Tensor) -> Tensor:
-    """Targets `[N]`, checked: C reads where they point to."""
+    """Targets `[N]`, checked: C reads and writes where they point to."""
+    if targets.dtype != torch.int64 or targets.device.type != "cpu" or targets.shape != logits.shape[:1]:
+        got = f"{targets.dtype} {list(targets.shape)} on {targets.device}"
+        raise TypeError(f"targets of {len(logits)} rows must be int64 [{len(logits)}] on the CPU, got {got}")
     lowest, highest = targets.aminmax() if len(targets) else (0, 0)
     if lowest < 0 or highest >= logits.shape[1]:
         raise IndexError(f"targets must be in [0, {logits.shape[1]}), got {int(lowest)} to {int(highest)}")

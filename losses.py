@@ -441,6 +441,7 @@ def token_logprobs(
 
     Raises:
         ValueError: temperature or chunk_tokens not positive, or shapes that do not match.
+        IndexError: a target outside the vocabulary.
     """
     if not temperature > 0:
         raise ValueError(

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from batches import token_budget
+from fused_kernels import kernels_for
 from inference.decoders import PREFILL_TOKENS
 from inference.engine import MAX_ROWS, cache_bytes
 from llama import fused_kernels, is_llama, without_adapter
@@ -391,9 +392,12 @@ def _logits(case: Case, tokens: int, vocabulary: int, in_chunks: bool) -> Part:
         size = 4 * WHOLE_LOGITS * tokens * vocabulary
         return Part("logits", f"{tokens:,} tokens of {vocabulary:,}", learning=size)
     chunk = min(tokens, max(1, MAX_CHUNK_LOGITS // vocabulary))
-    # Three copies going up; going down two, and the head's gradient before it is added to the others'.
-    down = (10 if case.is_half else 8) * chunk * vocabulary + case.head.requires_grad * 8 * case.head.numel()
-    size = max(12 * chunk * vocabulary, down)
+    # Three copies going up, and going down two; by kernels one, whose place the gradient takes.
+    is_fused = case.device.type == "cpu" and not case.is_half and kernels_for(torch.empty(0))
+    up, down = (4, 4) if is_fused else (12, 10 if case.is_half else 8)
+    # The head's gradient before it is added to the others'.
+    of_head = case.head.requires_grad * 8 * case.head.numel()
+    size = max(up * chunk * vocabulary, down * chunk * vocabulary + of_head)
     return Part("logits", f"{chunk:,} tokens of {vocabulary:,}", learning=size)
 
 

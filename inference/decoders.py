@@ -164,7 +164,9 @@ class LlamaDecoder:
 
 
 class FusedDecoder(LlamaDecoder):
-    """A `LlamaDecoder` on a processor: of torch it takes the linear layers, all between them is fused."""
+    """A `LlamaDecoder` on a processor: all between the linear layers is fused, and where these are plain, a
+    position goes through all blocks in one call.
+    """
 
     def __init__(self, model: nn.Module, slots: int, positions: int, kernels: Kernels) -> None:
         """See `make_decoder`."""
@@ -200,6 +202,9 @@ class FusedDecoder(LlamaDecoder):
 
     def _prefill(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
         decoder, kernels = self.model.model, self.kernels
+        # Packed attention shares out texts and key heads, and few of them do not keep many threads busy.
+        if len(prompts) * self.model.config.num_key_value_heads < torch.get_num_threads():
+            return super()._prefill(prompts, copies)
         lengths, times = torch.tensor([len(prompt) for prompt in prompts]), torch.tensor(copies)
         ends = lengths.cumsum(0)
         starts = ends - lengths

@@ -9,7 +9,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fused_blocks import are_plain
+from inference import decoders
 from inference.decoders import FusedDecoder, LibraryDecoder, LlamaDecoder, make_decoder
+from llama import without_adapter
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -28,6 +30,9 @@ LEAN = {
     "qwen2 with yarn": {"rope_parameters": YARN},
     "qwen2 with more heads": {"num_attention_heads": 8, "num_key_value_heads": 1},
 }
+
+
+ADAPTED = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
 
 
 def build(name, changes):
@@ -156,18 +161,74 @@ def test_all_blocks_in_one_call_give_the_bits_of_their_modules(name):
     assert len(called) == 13  # and 7 times with prompts
 
 
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 @needs_a_compiler
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("rows", [1, 5])  # too few texts for packed attention, and enough
+def test_several_threads_decode_and_write_nowhere_else(monkeypatch, rows):
+    behind = []
+
+    def guarded(self, *shape, **more):
+        shape = shape if isinstance(shape[0], int) else shape[0]
+        size = torch.Size(shape).numel()
+        memory = self.new_full((size + 4096,), 7, **more)
+        behind.append(memory[size:])
+        return memory[:size].view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    model = build("qwen2", {"num_key_value_heads": 2})
+    follow(model, make_decoder(copy.deepcopy(model).float(), 5, 40))
+    texts = [[5 + row, 6, 7, 8][: 2 + row % 3] for row in range(rows)]
+    decoder = make_decoder(copy.deepcopy(model).float(), rows, 900)
+    logits = decoder.admit(texts, [1] * rows)
+    for got, text in zip(logits, texts, strict=True):
+        held_to(model(torch.tensor([text])).logits[0, -1].detach(), got)
+    decoder.advance(torch.arange(rows) + 20)
+    assert behind
+    assert all((memory == 7).all() for memory in behind)
+
+
+def test_many_prompts_are_read_in_parts(monkeypatch):
+    texts = [[5 + row, 6, 7, 8][: 2 + row % 3] for row in range(7)]
+    for model in (build("qwen2", {}), build("qwen2", {}).float()):
+        whole = make_decoder(model, 7, 40).admit(texts, [1] * 7)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoders, "PREFILL_TOKENS", 8)
+            held_to(whole, make_decoder(model, 7, 40).admit(texts, [1] * 7))
+
+
+@needs_a_compiler
+def test_merged_adapters_are_plain():
+    tuned = get_peft_model(build("qwen2", {}).float(), ADAPTED)
+    layers = without_adapter(tuned).model.layers
+    assert not are_plain(layers)
+    tuned.merge_adapter()
+    assert are_plain(layers)
+    follow(copy.deepcopy(without_adapter(tuned)).double(), make_decoder(tuned, 5, 40))
+
+
 def test_only_plain_linear_layers_are_taken_from_memory():
     layers = build("qwen2", {}).float().model.layers
     assert are_plain(layers)
     assert not are_plain(copy.deepcopy(layers).bfloat16())
-    changed = [copy.deepcopy(layers) for _ in range(4)]
+    changed = [copy.deepcopy(layers) for _ in range(7)]
     changed[0][1].mlp.up_proj.register_forward_pre_hook(lambda *_: None)
     changed[1][0].self_attn.q_proj.weight = torch.nn.Parameter(torch.ones(32, 32).T[:, :8])
+    changed[4][1].mlp.down_proj.forward = changed[4][1].mlp.down_proj.forward  # as some patch it
+    changed[5][1].input_layernorm.variance_epsilon = 0.1
+    pruned = torch.nn.Linear(32, layers[0].self_attn.head_dim)  # of its key heads one is left
+    changed[6][1].self_attn.k_proj = changed[6][1].self_attn.v_proj = pruned
     quantized = type("Quantized", (torch.nn.Parameter,), {})
     changed[3][0].self_attn.k_proj.weight = quantized(layers[0].self_attn.k_proj.weight.data)
     changed[2][0].mlp.gate_proj.__class__ = type("Rounding", (torch.nn.Linear,), {})
-    assert not any(are_plain(layers) for layers in changed)
+    assert [are_plain(layers) for layers in changed] == [False] * 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

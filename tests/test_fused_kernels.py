@@ -142,10 +142,6 @@ def test_tensors_of_another_kind_are_refused(kernels):
         kernels.silu_multiply(states.T, states.T, states.T)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Without them
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocabulary", [1, 255, 513, 3000])
 def test_scores_of_targets_and_their_gradient(kernels, vocabulary, temperature):
@@ -177,10 +173,31 @@ def test_no_number_among_logits_stays_none(kernels):
     assert grad.isnan().any(1).tolist() == [False, True, False]
 
 
+def test_an_impossible_token_takes_nothing_from_the_others_gradient(kernels):
+    """Where the entropy, then no number, is not asked for."""
+    logits = numbers(2, 40)
+    logits[:, 7] = -torch.inf
+    targets = torch.tensor([3, 4])
+    wide = logits.double().requires_grad_()
+    wide.log_softmax(1)[[0, 1], targets].sum().backward()
+    _, *kept = kernels.score(logits, targets, 1.0)
+    close(kernels.score_backward(logits, targets, 1.0, *kept, torch.ones(2), None), wide.grad)
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.long)])
+def test_targets_of_another_kind_are_refused(kernels, targets):
+    with pytest.raises(TypeError, match="targets of 2 rows must be int64"):
+        kernels.score(numbers(2, 40), targets, 1.0)
+
+
 @pytest.mark.parametrize("target", [-1, 40])
 def test_a_target_outside_the_vocabulary_is_refused(kernels, target):
     with pytest.raises(IndexError, match=rf"\[0, 40\), got 0 to {target}|got -1 to 0"):
         kernels.score(numbers(2, 40), torch.tensor([0, target]), 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Without them
 
 
 @pytest.fixture

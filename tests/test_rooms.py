@@ -29,8 +29,8 @@ ROOMS = {
     "tokenizer": ["prompts", "tiny"],
     "models": ["fused_kernels", "llama", "losses", "sharding", "tiny", "tokenizer", "zero"],
     "plan": [
-        *["batches", "inference.decoders", "inference.engine", "llama", "losses", "memory", "models"],
-        *["optimizers", "tiny", "tokenizer"],
+        *["batches", "fused_kernels", "inference.decoders", "inference.engine", "llama", "losses", "memory"],
+        *["models", "optimizers", "tiny", "tokenizer"],
     ],
     "preflight": ["data", "plan", "prompts", "rewards.*", "runs.watchdog", "sharding"],
     "figures": [],
