@@ -173,7 +173,7 @@ class TorchEngine:
         """Sample `n` completions of each prompt; see `inference.Engine.generate`.
 
         Raises:
-            ValueError: not even one completion fits in the cache.
+            ValueError: a prompt has no tokens, or not even one completion fits in the cache.
         """
         results: list[list[Completion | None]] = [[None] * n for _ in prompts]
         keys = row_keys(seed, len(prompts), n, first_prompt)
@@ -224,7 +224,7 @@ class TorchEngine:
         """Grow rows of one prompt as the caller says; see `inference.BranchingEngine.branch`.
 
         Raises:
-            ValueError: so many rows do not fit in the cache.
+            ValueError: the prompt has no tokens, or so many rows do not fit in the cache.
         """
         with _evaluating(self.model):
             decoder, slots = self._make_decoder([prompt], rows, limit)
@@ -247,6 +247,10 @@ class TorchEngine:
 
     def _make_decoder(self, prompts: Sequence[Sequence[int]], n: int, limit: int) -> tuple[Any, int]:
         """A decoder with as many slots as fit, and how many these are."""
+        if not all(prompts):
+            raise ValueError(
+                "a prompt has no tokens, and nothing follows nothing; give it a template or a text"
+            )
         longest = max(len(prompt) for prompt in prompts)
         positions, sinks, remedy = longest + limit, None, "max_completion_tokens or shorter prompts"
         if self.window is not None and positions > self.sinks + self.window:

@@ -248,6 +248,15 @@ def test_out_of_memory_costs_rows_at_once_and_no_completion(random_model, archit
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_a_prompt_without_tokens_is_refused(random_model, architecture):
+    engine = TorchEngine(random_model(architecture), tokenizer())
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        engine.generate([[5], []], 2, WARM, (3,))
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        next(engine.stream([], WARM, (3,)))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
 def test_what_cannot_fit_is_refused_by_name(random_model, architecture):
     engine = TorchEngine(random_model(architecture), tokenizer(), max_cache_tokens=14)
     message = "prompt of 7 tokens and a completion of 8 need 15 cache positions, and memory has 14"
