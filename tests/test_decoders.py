@@ -40,11 +40,11 @@ def build(name, changes):
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):
-                parameter.normal_(std=0.1)
-            elif "norm" in parameter_name:
-                parameter.uniform_(0.8, 1.2)
+        parameters = dict(model.named_parameters())
+        for parameter in (parameters[name] for name in parameters if name.endswith("bias")):
+            parameter.normal_(std=0.1)
+        for parameter in (parameters[name] for name in parameters if "norm" in name):
+            parameter.uniform_(0.8, 1.2)
     return model.double().eval()
 
 
