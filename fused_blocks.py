@@ -42,7 +42,7 @@ class PlainBlocks:
         self._kernels = kernels
         # Held, so that nobody else is given the memory.
         self._weights = [[w if w is None else w.detach() for w in _weights(layer)] for layer in layers]
-        self._table = torch.tensor([kernels.addresses(weights) for weights in self._weights])
+        self._table = torch.tensor([kernels.addresses(*weights) for weights in self._weights])
 
     def add(self, states: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, cache: Tensor) -> Tensor:
         """What the last block adds to the states, as they then are; see `Kernels.decode`."""
@@ -74,9 +74,9 @@ def _is_plain(linear: nn.Module) -> bool:
 
 def _sizes(layer: nn.Module) -> tuple[int, int, float, float]:
     """What `Kernels.decode` has to know of a block: query heads, numbers of the MLP, eps and scaling."""
-    attention, (query, *_, gate, _, _) = layer.self_attn, _linears(layer)
-    heads = query.out_features // attention.head_dim
-    return heads, gate.out_features, layer.input_layernorm.variance_epsilon, attention.scaling
+    attention = layer.self_attn
+    heads, inner = attention.q_proj.out_features // attention.head_dim, layer.mlp.gate_proj.out_features
+    return heads, inner, layer.input_layernorm.variance_epsilon, attention.scaling
 
 
 def _linears(layer: nn.Module) -> list[nn.Module]:

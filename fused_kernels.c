@@ -570,23 +570,23 @@ void score(const float *logits, double temperature, const int64_t *targets, floa
     }
 }
 
-/* The gradient of the logits, in their place; `grad_entropy` may be NULL.
+/* The gradient of the logits, in their place. `pull` and `spread`, which may be NULL, are the gradients of the
+   log-probabilities and the entropies over the temperature.
    d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy) */
 void score_backward(float *logits, double temperature, const int64_t *targets, const float *entropy,
-                    const float *log_sums, const float *grad_logprobs, const float *grad_entropy, int64_t rows,
+                    const float *log_sums, const float *pull, const float *spread, int64_t rows,
                     int64_t vocabulary, int threads)
 {
     #pragma omp parallel for num_threads(share(rows * vocabulary, threads))
     for (int64_t row = 0; row < rows; row++) {
         float *logit = logits + row * vocabulary;
         const float scale = 1 / temperature, highest = highest_of(logit, vocabulary);
-        const float pull = grad_logprobs[row] * scale, spread = grad_entropy ? grad_entropy[row] * scale : 0;
-        const float log_sum = log_sums[row], all = entropy[row];
+        const float log_sum = log_sums[row], all = entropy[row], of_entropy = spread ? spread[row] : 0;
         for (int64_t i = 0; i < vocabulary; i++) {
             const float logprob = (logit[i] - highest) * scale - log_sum;
             /* Where nobody asks for it, the entropy's part may be no number. */
-            logit[i] = -exponential(logprob) * (pull + (grad_entropy ? spread * (logprob + all) : 0));
+            logit[i] = -exponential(logprob) * (pull[row] + (spread ? of_entropy * (logprob + all) : 0));
         }
-        logit[targets[row]] += pull;
+        logit[targets[row]] += pull[row];
     }
 }

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -55,7 +54,11 @@ def _load() -> "Kernels | None":
     asked = os.environ.get("CC", "").strip() or "cc"
     try:
         compiler = shlex.split(asked)
-        return Kernels(_compile(compiler)) if shutil.which(compiler[0]) else None
+        if shutil.which(compiler[0]):
+            return Kernels(_compile(compiler))
+        if asked in ("cc", "none"):  # nobody has asked for one, or for none
+            return None
+        raise FileNotFoundError(f"there is no {compiler[0]!r}")
     except (subprocess.SubprocessError, OSError, ValueError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         # What a compiler complains of first, the others follow from.
@@ -108,7 +111,7 @@ class Kernels:
         self._library = library
         self._matrix_product = _matrix_product()
 
-    def addresses(self, tensors: Sequence[Tensor | None]) -> list[int]:
+    def addresses(self, *tensors: Tensor | None) -> list[int]:
         """Where the numbers of tensors begin; 0 for None."""
         for tensor in tensors:
             if tensor is None:
@@ -120,13 +123,10 @@ class Kernels:
                 raise TypeError(f"kernels take contiguous float32 on the CPU, got {got}")
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
-    def _at(self, *tensors: Tensor | None) -> list[int]:
-        return self.addresses(tensors)
-
     def add_norm(self, states: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add to `states` `[N, H]` in place; returns their RMS norm, times `weight` `[H]`."""
         out = torch.empty_like(states)
-        *read, to = self._at(states, added, weight, out)
+        *read, to = self.addresses(states, added, weight, out)
         self._library.add_norm(*read, eps, to, *states.shape, torch.get_num_threads())
         return out
 
@@ -136,20 +136,20 @@ class Kernels:
         """Gradients of states `[N, H]` and of the weight, from that of their norm."""
         rows, width = states.shape
         of_states, of_weight = torch.empty_like(states), states.new_empty(-(-rows // NORM_CHUNK), width)
-        read = self._at(grad, states, weight)
-        written = self._at(of_states, of_weight)
+        read = self.addresses(grad, states, weight)
+        written = self.addresses(of_states, of_weight)
         self._library.norm_backward(*read, eps, *written, rows, width, torch.get_num_threads())
         return of_states, of_weight.sum(0)
 
     def silu_multiply(self, gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
         """`silu(gate) * up`, into `out`, which may be one of them."""
-        self._library.silu_multiply(*self._at(gate, up, out), gate.numel(), torch.get_num_threads())
+        self._library.silu_multiply(*self.addresses(gate, up, out), gate.numel(), torch.get_num_threads())
         return out
 
     def silu_multiply_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of gate and up, from that of `silu(gate) * up`."""
         given = torch.empty_like(gate), torch.empty_like(up)
-        tensors = self._at(grad, gate, up, *given)
+        tensors = self.addresses(grad, gate, up, *given)
         self._library.silu_multiply_backward(*tensors, gate.numel(), torch.get_num_threads())
         return given
 
@@ -186,8 +186,8 @@ class Kernels:
         out = torch.empty_like(query)
         threads = torch.get_num_threads()
         scratch = query.new_empty(threads, query_heads // heads, positions)
-        read = self._at(query, key, value, cos, sin)
-        written = self._at(keys, values, out, scratch)
+        read = self.addresses(query, key, value, cos, sin)
+        written = self.addresses(keys, values, out, scratch)
         sizes = (rows, query_heads, heads, size, positions)
         self._library.attend(*read, lengths.data_ptr(), *written, *sizes, scaling, threads)
         return out
@@ -233,8 +233,8 @@ class Kernels:
         added = torch.empty_like(states)
         a_row = width + 2 * (query_heads + heads) * size + 2 * inner
         scratch = states.new_empty(rows * a_row + threads * query_heads // heads * positions)
-        written = self._at(states, added, cos, sin)
-        more = (lengths.data_ptr(), *self._at(cache, scratch))
+        written = self.addresses(states, added, cos, sin)
+        more = (lengths.data_ptr(), *self.addresses(cache, scratch))
         sizes = (layers, rows, width, inner, query_heads, heads, size, slots, positions)
         where = (self._matrix_product, blocks.data_ptr(), *written, *more)
         self._library.decode(*where, *sizes, eps, scaling, threads)
@@ -244,7 +244,7 @@ class Kernels:
         """Heads `[N, heads x D]` turned by angles `[N, 1, D]`, as `llama.turn` does, and scaled."""
         out = torch.empty_like(tokens)
         count, size = len(tokens), cos.shape[-1]
-        read, written = self._at(tokens, cos, sin), self._at(out)
+        read, written = self.addresses(tokens, cos, sin), self.addresses(out)
         heads = tokens.shape[1] // size
         self._library.turn_heads(*read, scale, *written, count, heads, size, torch.get_num_threads())
         return out
@@ -271,7 +271,7 @@ class Kernels:
         width = _round_up(size)
         room = (width + size + TILE) * stride + TILE * width
         scratch = query.new_empty(threads, room)
-        read, written = self._at(query, key, value), self._at(out, logsumexp, scratch)
+        read, written = self.addresses(query, key, value), self.addresses(out, logsumexp, scratch)
         sizes = (room, len(segments), query_heads, heads, size, stride)
         self._library.attend_packed(*read, segments.data_ptr(), *written, *sizes, threads)
         return out, logsumexp
@@ -296,8 +296,8 @@ class Kernels:
         width = _round_up(size)
         room = (3 * width + 2 * size + 2 * TILE) * stride + 3 * TILE * width
         scratch = query.new_empty(threads, room)
-        read = self._at(grad, query, key, value, out, logsumexp)
-        written = self._at(*given, of_prompts, scratch)
+        read = self.addresses(grad, query, key, value, out, logsumexp)
+        written = self.addresses(*given, of_prompts, scratch)
         sizes = (room, len(segments), longest, query_heads, heads, size, stride)
         self._library.attend_packed_backward(*read, segments.data_ptr(), *written, *sizes, threads)
         return given
@@ -305,7 +305,7 @@ class Kernels:
     def sample(self, logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens `[B]` and their log-probabilities `[B]`; see `inference.sampling.choose`."""
         tokens, logprobs = torch.empty(len(logits), dtype=torch.long), logits.new_empty(len(logits))
-        read, told = self._at(logits, logprobs)
+        read, told = self.addresses(logits, logprobs)
         uniforms = uniforms.to("cpu", torch.float64).contiguous()
         where = (read, temperature, uniforms.data_ptr(), tokens.data_ptr(), told)
         self._library.sample(*where, *logits.shape, torch.get_num_threads())
@@ -319,7 +319,7 @@ class Kernels:
             likeliest having 1; `[N]` each.
         """
         told = tuple(logits.new_empty(len(logits)) for _ in range(3))
-        at, *written = self._at(logits, *told)
+        at, *written = self.addresses(logits, *told)
         chosen = _targets(targets, logits)
         self._library.score(
             at, temperature, chosen.data_ptr(), *written, *logits.shape, torch.get_num_threads()
@@ -333,16 +333,22 @@ class Kernels:
         temperature: float,
         entropy: Tensor,
         log_sums: Tensor,
-        grad_logprobs: Tensor,
-        grad_entropy: Tensor | None,
+        pull: Tensor,
+        spread: Tensor | None,
     ) -> Tensor:
-        """The gradient of logits `[N, V]`, in their place, from what `score` told and its gradients `[N]`."""
+        """The gradient of logits `[N, V]`, in their place.
+
+        Args:
+            logits: as `score` read them, and likewise targets and temperature.
+            targets: see there.
+            temperature: see there.
+            entropy: as `score` told it, and likewise `log_sums`.
+            log_sums: see there.
+            pull: `[N]`, the gradient of the log-probabilities over the temperature.
+            spread: that of the entropies, or None.
+        """
         chosen = _targets(targets, logits)
-        given = [
-            grad_logprobs.contiguous(),
-            grad_entropy if grad_entropy is None else grad_entropy.contiguous(),
-        ]
-        at, *read = self._at(logits, entropy, log_sums, *given)
+        at, *read = self.addresses(logits, entropy, log_sums, pull, spread)
         where = (at, temperature, chosen.data_ptr(), *read)
         self._library.score_backward(*where, *logits.shape, torch.get_num_threads())
         return logits

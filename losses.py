@@ -483,8 +483,14 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy, log_sums = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            told = _score(hidden[rows].to(dtype), weight, targets[rows], temperature, kernels)
-            logprobs[rows], entropy[rows], log_sums[rows] = told
+            states = hidden[rows].to(dtype)
+            if kernels:
+                told = kernels.score(_logits(states, weight), targets[rows], temperature)
+                logprobs[rows], entropy[rows], log_sums[rows] = told
+            else:
+                all_logprobs = _log_softmax(states, weight, temperature)
+                logprobs[rows] = all_logprobs.gather(1, targets[rows, None])[:, 0]
+                entropy[rows] = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
         ctx.save_for_backward(hidden, head_weight, targets, entropy, log_sums)
         ctx.temperature, ctx.chunk_tokens, ctx.dtype, ctx.kernels = temperature, chunk_tokens, dtype, kernels
         # The gradient of an unused output then arrives as None instead of zeros, and its terms are left out.
@@ -503,54 +509,33 @@ class _TokenLogprobs(torch.autograd.Function):
         weight = head_weight.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head_weight, dtype=entropy.dtype) if needs_head else None
+        # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
+        pull = grad_logprobs * (1 / ctx.temperature)
+        spread = None if grad_entropy is None else grad_entropy * (1 / ctx.temperature)
         for start in range(0, len(hidden), ctx.chunk_tokens):
             rows = slice(start, start + ctx.chunk_tokens)
             states = hidden[rows].to(ctx.dtype)
-            given = (targets[rows], ctx.temperature, entropy[rows], log_sums[rows], grad_logprobs[rows])
-            of_entropy = None if grad_entropy is None else grad_entropy[rows]
-            grad_logits = _grad_logits(states, weight, *given, of_entropy, ctx.kernels)
+            if ctx.kernels:
+                given = (targets[rows], ctx.temperature, entropy[rows], log_sums[rows], pull[rows])
+                of_entropy = None if spread is None else spread[rows]
+                grad_logits = ctx.kernels.score_backward(_logits(states, weight), *given, of_entropy)
+            else:
+                grad_logits = _log_softmax(states, weight, ctx.temperature)
+                if spread is None:
+                    grad_logits.exp_().mul_(-pull[rows, None])
+                else:
+                    probabilities = grad_logits.exp()
+                    grad_logits.add_(entropy[rows, None]).mul_(-spread[rows, None]).sub_(pull[rows, None])
+                    grad_logits.mul_(probabilities)
+                    del probabilities
+                grad_logits.scatter_add_(1, targets[rows, None], pull[rows, None])
+                grad_logits = grad_logits.to(ctx.dtype)
             if needs_hidden:
                 grad_hidden[rows] = (grad_logits @ weight).to(hidden.dtype)
             if needs_head:
                 grad_head += grad_logits.T @ states
+            del grad_logits  # before there are the next chunk's
         return grad_hidden, grad_head, None, None, None, None, None
-
-
-def _score(
-    states: Tensor, weight: Tensor, targets: Tensor, temperature: float, kernels: Any
-) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Log-probabilities and entropies of a chunk, and what kernels want again in the backward pass."""
-    if kernels:
-        return kernels.score(_logits(states, weight), targets, temperature)
-    all_logprobs = _log_softmax(states, weight, temperature)
-    entropy = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
-    return all_logprobs.gather(1, targets[:, None])[:, 0], entropy, 0.0
-
-
-def _grad_logits(
-    states: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    entropy: Tensor,
-    log_sums: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    kernels: Any,
-) -> Tensor:
-    if kernels:
-        given = (targets, temperature, entropy, log_sums, grad_logprobs, grad_entropy)
-        return kernels.score_backward(_logits(states, weight), *given)
-    all_logprobs = _log_softmax(states, weight, temperature)
-    # d logprob / d logit_v = [v = target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
-    pull = grad_logprobs[:, None] / temperature
-    if grad_entropy is None:
-        grad_logits = all_logprobs.exp_().mul_(-pull)
-    else:
-        spread = grad_entropy[:, None] / temperature
-        probabilities = all_logprobs.exp()
-        grad_logits = all_logprobs.add_(entropy[:, None]).mul_(-spread).sub_(pull).mul_(probabilities)
-    return grad_logits.scatter_add_(1, targets[:, None], pull).to(weight.dtype)
 
 
 def _log_softmax(states: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -393,7 +393,7 @@ def _logits(case: Case, tokens: int, vocabulary: int, in_chunks: bool) -> Part:
         return Part("logits", f"{tokens:,} tokens of {vocabulary:,}", learning=size)
     chunk = min(tokens, max(1, MAX_CHUNK_LOGITS // vocabulary))
     # Three copies going up, and going down two; by kernels one, whose place the gradient takes.
-    is_fused = case.device.type == "cpu" and not case.is_half and kernels_for(torch.empty(0))
+    is_fused = case.device.type == "cpu" and kernels_for(torch.empty(0))
     up, down = (4, 4) if is_fused else (12, 10 if case.is_half else 8)
     # The head's gradient before it is added to the others'.
     of_head = case.head.requires_grad * 8 * case.head.numel()

@@ -193,9 +193,9 @@ class FusedDecoder(LlamaDecoder):
             added = self.blocks.add(states, self.cos, self.sin, places, self.cache.block)
         else:
 
-            def attend(number: int, asked: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            def attend(number: int, scaling: float, *asked: Tensor) -> Tensor:
                 where = (self.cos, self.sin, places, *self.cache.block[number].unbind())
-                return self.kernels.attend(*asked, *where, decoder.layers[number].self_attn.scaling)
+                return self.kernels.attend(*asked, *where, scaling)
 
             added = self._add_blocks(states, attend)
         return self.model.lm_head(add_norm(decoder.norm, states, added))
@@ -216,10 +216,8 @@ class FusedDecoder(LlamaDecoder):
         size = cos.shape[-1]
         keys, values = [], []
 
-        def attend(number: int, asked: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-            query, key, value = asked
-            query = kernels.turn(query, cos, sin, decoder.layers[number].self_attn.scaling)
-            key = kernels.turn(key, cos, sin)
+        def attend(number: int, scaling: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, key = kernels.turn(query, cos, sin, scaling), kernels.turn(key, cos, sin)
             keys.append(rows.pad(key.view(len(key), -1, size)))
             values.append(rows.pad(value.view(len(key), -1, size)))
             return kernels.attend_packed(query, key, value, size, texts)[0]
@@ -231,20 +229,18 @@ class FusedDecoder(LlamaDecoder):
         last = self._add_norm(decoder.norm, states[ends - 1], added[ends - 1])
         return self.model.lm_head(last).repeat_interleave(times, 0)
 
-    def _add_blocks(
-        self, states: Tensor, attend: Callable[[int, tuple[Tensor, Tensor, Tensor]], Tensor]
-    ) -> Tensor:
+    def _add_blocks(self, states: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """What the last block adds to the states `[N, H]`, as they then are.
 
         Args:
             states: of the tokens.
-            attend: what attention mixes, of a block's number and what `fused_blocks.project` gives.
+            attend: what attention mixes, of a block's number, its scaling and its `fused_blocks.project`.
         """
         add_norm, added = self._add_norm, None
         for number, layer in enumerate(self.model.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             read = add_norm(layer.input_layernorm, states, added)
-            mixed = attend(number, fused_blocks.project(attention, read, self.kernels))
+            mixed = attend(number, attention.scaling, *fused_blocks.project(attention, read, self.kernels))
             read = add_norm(layer.post_attention_layernorm, states, attention.o_proj(mixed))
             gate = mlp.gate_proj(read)
             added = mlp.down_proj(self.kernels.silu_multiply(gate, mlp.up_proj(read), gate))

@@ -155,11 +155,11 @@ def test_scores_of_targets_and_their_gradient(kernels, vocabulary, temperature):
     close(told[0], logprobs)
     close(told[1], entropy)
     close(told[2], (wide - wide.max(1, keepdim=True).values).div(temperature).logsumexp(1))
-    pull, spread = numbers(9, seed=2), numbers(9, seed=3)
-    for of_entropy in (None, spread):
-        value = (logprobs * pull).sum() + (0 if of_entropy is None else (entropy * of_entropy).sum())
-        (expected,) = torch.autograd.grad(value, wide, retain_graph=True)
-        given = (targets, temperature, *told[1:], pull, of_entropy)
+    pull, of_entropy = numbers(9, seed=2), numbers(9, seed=3)
+    for spread in (None, of_entropy):
+        value = (logprobs * pull).sum() + (0 if spread is None else (entropy * spread).sum())
+        (expected,) = torch.autograd.grad(value * temperature, wide, retain_graph=True)
+        given = (targets, temperature, *told[1:], pull, spread)
         close(kernels.score_backward(logits.clone(), *given), expected)
 
 
@@ -218,7 +218,7 @@ def test_without_a_compiler_torch_computes_the_same(
         return engine.generate([[5, 6, 7], [8, 9]], 4, SamplingParams(12, 0.8), (3,))
 
     with_kernels = sample()
-    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("CC", "none")
     fused_kernels._load.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -235,6 +235,7 @@ def test_without_a_compiler_torch_computes_the_same(
     ("compiler", "told"),
     [
         ("false", "false, or .*exit status 1"),
+        ("no-such-compiler", "there is no 'no-such-compiler'"),
         ("cc -fno-such-option", "no-such-option"),
         pytest.param(
             "cc -mno-fma",

@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import oracles
 import pytest
@@ -81,6 +83,33 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch, request, is_
     monkeypatch.setattr(losses, "MAX_CHUNK_LOGITS", 70)  # 70 logits are six tokens of a vocabulary of 11
     losses.token_logprobs(hidden, head, targets)
     assert rows == [6, 4]
+
+
+class LiveChunks(TorchDispatchMode):
+    """How many tensors of a shape there were at most at once."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.live, self.most = shape, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            self.live[result.untyped_storage().data_ptr()] = weakref.ref(result)
+            self.most = max(self.most, sum(tensor() is not None for tensor in self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize(("is_fused", "up", "down"), [(True, 1, 1), (False, 3, 2)])
+def test_no_more_copies_of_a_chunk_are_held_than_planned(request, is_fused, up, down):
+    """By plan.py."""
+    hidden, head, targets = head_case(1, 12, dtype=torch.float32)
+    kernels = request.getfixturevalue("kernels") if is_fused else None
+    with LiveChunks((3, len(head))) as forward:
+        figures = losses.token_logprobs(hidden, head, targets, 0.7, 3, kernels)
+    with LiveChunks((3, len(head))) as backward:
+        sum(figures).sum().backward()
+    assert (forward.most, backward.most) == (up, down)
 
 
 def test_only_numbers_per_token_are_kept_for_backward():
